@@ -1,0 +1,34 @@
+# make run and make test do their own set-up, in .venv, from requirements.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: run test lint bench clean
+
+run: $(READY)
+	@echo "== fedalt run: the built-in sample, eight clients, about two minutes on two cores"
+	$(BIN)/fedalt run
+
+test: lint
+	@echo "== the tests, one process a core"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q --durations=5
+
+lint: $(READY)
+	@echo "== ruff and mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	@echo "== the layer and a training step beside their peers; checks first, then times"
+	$(BIN)/python -m pytest bench -q -s
+
+clean:
+	rm -rf .venv build *.egg-info
+
+$(READY): requirements.txt setup.py
+	@echo "== set-up: a virtual environment in .venv (once; about two minutes)"
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

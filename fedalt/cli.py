@@ -1,0 +1,129 @@
+"""The ``fedalt`` command. Exit status: 0 done, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from fedalt.compare import compare
+from fedalt.config import Config, load_config
+from fedalt.errors import InputError, RunFailed
+from fedalt.report import write_report
+from fedalt.run import Federation, evaluate_run
+from fedalt.rundir import CONFIG, load_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status."""
+    options = _parser().parse_args(arguments)
+    options.cure = "nothing was lost"
+    transformers_logging.disable_progress_bar()  # one bar at a time: the run's own
+    try:
+        options.command(options)
+    except InputError as error:
+        print(f"fedalt: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"fedalt: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"fedalt: interrupted; {options.cure}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    federation = Federation(_config(options))
+    options.cure = f"go on with: fedalt run --out {shlex.quote(federation.config.out)} --resume"
+    result = federation.run(resume=options.resume)
+    _show(result.table, result.plot)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    seeds = [_whole_number(seed, "--seeds") for seed in options.seeds.split(",")]
+    jobs = _whole_number(options.jobs, "--jobs")
+    options.cure = "go on with the same command and --resume"
+    _show(*compare(_config(options), options.methods.split(","), seeds, jobs, options.resume))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    print(evaluate_run(options.run, options.client, options.data))
+
+
+def _report(options: argparse.Namespace) -> None:
+    config, _ = load_run(options.run)
+    _show(*write_report(Path(options.run), f"{config.method} on {config.data.path}"))
+
+
+def _show(table: str, plot: Path) -> None:
+    print(table)
+    print(f"plot: {plot}")
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """The config the options ask for; a resume without CONFIG starts from the run's own."""
+    if options.resume and not options.out:
+        raise InputError("--resume wants the run directory: name it with --out")
+    path = options.config
+    if options.resume and path is None and (Path(options.out) / CONFIG).is_file():
+        path = Path(options.out) / CONFIG
+    config = load_config(path, tuple(options.settings))
+    if options.data:
+        config = replace(config, data=replace(config.data, path=options.data))
+    return replace(config, out=options.out or config.out)
+
+
+def _whole_number(text: str, option: str) -> int:
+    if not text.isdecimal():
+        raise InputError(f"{option}: wants a whole number, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedalt", description="Personalised federated fine-tuning with mixed LoRAs."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train a federation and print its clients' scores")
+    _add_config(run)
+    run.set_defaults(command=_run)
+
+    several = commands.add_parser("compare", help="run several methods on the same data and seeds")
+    _add_config(several)
+    several.add_argument("--methods", default="fedalt,fedit,fedit+ft,local", help="names, by comma")
+    several.add_argument("--seeds", default="0,1,2", help="whole numbers, by comma")
+    several.add_argument("--jobs", default="1", help="runs at a time, each in a process")
+    several.set_defaults(command=_compare)
+
+    evaluate = commands.add_parser("evaluate", help="score a run's clients afresh")
+    evaluate.add_argument("run", metavar="RUN", help="a run directory")
+    evaluate.add_argument("--client", default="", help="only this client")
+    evaluate.add_argument("--data", default="", help="other records of the same clients")
+    evaluate.set_defaults(command=_evaluate)
+
+    report = commands.add_parser("report", help="table and plot of a finished or running run")
+    report.add_argument("run", metavar="RUN", help="a run directory")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the sample")
+    parser.add_argument("--data", default="", help="a folder with one folder a client")
+    parser.add_argument("--out", default="", help="the run directory")
+    parser.add_argument("--resume", action="store_true", help="go on where the run was cut short")
+    parser.add_argument(
+        "-c",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="key.path=value",
+        help="one setting over the config's, such as -c train.batch_size=8",
+    )

@@ -1,0 +1,79 @@
+"""The functional form: picks the implementation of the checked arguments."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .autograd import fused
+from .checks import check_arguments
+from .dropout import drop_threshold, keep_scale
+from .reference import reference
+
+
+def mixed_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    mixer: Tensor | tuple[float, ...] | None,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """A frozen linear layer plus gated low-rank adapters, differentiable.
+
+    ::
+
+        y = x Wᵀ + b + s Σ_e g_e ⊙ (dropout(x) A_eᵀ) B_eᵀ,    g = softmax(x mixerᵀ)
+
+    Shapes: M tokens (any leading dimensions, also none), K inputs, N outputs, E adapters, r_e ranks.
+    Under ``torch.autocast`` it behaves as ``nn.Linear`` does: it computes in the autocast dtype and
+    returns it.
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64.
+        weight: [N, K], dtype and device of x, frozen; a transposed view is fine.
+        bias: [N] or None, dtype and device of x, frozen.
+        adapters: 1 to 8 of ``Adapter(a [r_e, K], b [N, r_e])``, in x's dtype or float32.
+        mixer: Tensor [E, K], in x's dtype or float32: row e gates ``adapters[e]``; or a tuple of E
+            fixed gates; or None, every gate 1.
+        scaling: s, usually alpha / r.
+        dropout_p: probability, in [0, 1), that an element of x is hidden from all the adapters; the
+            mixer sees all of x.  Rounded to a multiple of 1/256, but never to 0 or 1.
+        seed: of the dropout mask, which is a function of it and the element's row and column: an
+            int in [0, 2**63) or an int64 tensor of shape [].  None draws one from torch's default
+            generator of x's device.  Ignored without dropout.
+        impl: "auto" (here: "torch"), "torch", "triton", or "reference" (slow and simple).
+
+    Returns:
+        [..., N] in x's dtype.  Gradients reach x, and every adapter and mixer that asks for one, in
+        its own dtype; never the weight or the bias.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: a shape, dtype, device or value does not fit, or the base asks for a gradient.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_arguments(x, weight, bias, adapters, mixer, scaling, dropout_p, seed, impl)
+    threshold = drop_threshold(dropout_p)
+    if not threshold:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (), device=x.device)
+    elif isinstance(seed, int):
+        seed = torch.tensor(seed)
+    if impl == "reference":
+        return reference(
+            x, weight, bias, adapters, mixer, scaling=scaling, dropout_p=dropout_p, seed=seed
+        )
+    if threshold:
+        scaling *= keep_scale(threshold)
+    return fused(x, weight, bias, adapters, mixer, scaling, threshold, seed)

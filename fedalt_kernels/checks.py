@@ -1,0 +1,109 @@
+"""What `mixed_lora_linear` accepts; every refusal names the argument, what came, what is wanted.
+
+The checks run at every call of every layer, so they only read attributes, and build a message
+only to raise it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .dropout import SEED_LIMIT
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
+MOST_ADAPTERS = 8
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    mixer: Tensor | tuple[float, ...] | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    impl: str,
+) -> None:
+    """Raises TypeError, ValueError or RuntimeError where an argument does not fit."""
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES:
+        raise ValueError(f"x must be float32, bfloat16, float16 or float64, got {dtype}")
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}"
+        )
+    n, k = weight.shape
+    _check_base("weight", weight, dtype, device)
+    if bias is not None:
+        if bias.shape != (n,):
+            raise ValueError(f"bias must be [{n}], got {list(bias.shape)}")
+        _check_base("bias", bias, dtype, device)
+    count = len(adapters)
+    if not 1 <= count <= MOST_ADAPTERS:
+        raise ValueError(f"adapters must be 1 to {MOST_ADAPTERS}, got {count}")
+    for e, (a, b) in enumerate(adapters):
+        rank = a.shape[0] if a.dim() == 2 else 0
+        if rank < 1 or a.shape[1] != k or b.shape != (n, rank):
+            raise ValueError(
+                f"adapters[{e}] must be a [r, {k}] and b [{n}, r] with r >= 1, "
+                f"got {list(a.shape)} and {list(b.shape)}"
+            )
+        _check_trained(f"adapters[{e}].a", a, dtype, device)
+        _check_trained(f"adapters[{e}].b", b, dtype, device)
+    if isinstance(mixer, Tensor):
+        if mixer.shape != (count, k):
+            raise ValueError(f"mixer must be [{count}, {k}], got {list(mixer.shape)}")
+        _check_trained("mixer", mixer, dtype, device)
+    elif mixer is not None:
+        if not isinstance(mixer, tuple):
+            raise TypeError(
+                f"mixer must be a Tensor, a tuple of floats or None, got {type(mixer).__name__}"
+            )
+        if len(mixer) != count or not all(math.isfinite(gate) for gate in mixer):
+            raise ValueError(f"mixer must be {count} finite floats, got {mixer}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling must be finite, got {scaling}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if seed is not None:
+        _check_seed(seed)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "triton":
+        raise RuntimeError(
+            "impl='triton' cannot run: the Triton kernels are not in this version; "
+            "use impl='torch' or 'auto'"
+        )
+
+
+def _check_base(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must have x's dtype {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on x's device {device}, got {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must be frozen, got requires_grad=True")
+
+
+def _check_trained(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype and tensor.dtype != torch.float32:
+        raise ValueError(f"{name} must be {dtype} or torch.float32, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on x's device {device}, got {tensor.device}")
+
+
+def _check_seed(seed: Tensor | int) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise ValueError(
+                f"seed must be an int64 tensor of shape [], got {seed.dtype} {list(seed.shape)}"
+            )
+    elif not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, a Tensor or None, got {type(seed).__name__}")
+    elif not 0 <= seed < SEED_LIMIT:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")

@@ -1,0 +1,152 @@
+"""The module: wraps a linear layer, owns the adapters and the mixer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .api import mixed_lora_linear
+
+
+class LowRank(nn.Module):
+    """The factors of one adapter: ``a`` [rank, K] and ``b`` [N, rank]."""
+
+    def __init__(self, a: Tensor, b: Tensor, *, trainable: bool) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a, requires_grad=trainable)
+        self.b = nn.Parameter(b, requires_grad=trainable)
+
+
+class MixedLoRALinear(nn.Module):
+    """A frozen linear layer with an individual LoRA, a frozen Rest-of-World LoRA and a mixer::
+
+        [g_0, g_1] = softmax(mixer x)
+        y = W x + bias + (alpha / rank) (g_0 B_0 A_0 + g_1 B_1 A_1) dropout(x)
+
+    Parameters (N outputs, K inputs, r = rank): ``base.weight``, ``base.bias`` (frozen),
+    ``individual.a`` [r, K], ``individual.b`` [N, r], ``mixer`` [2, K] (trainable),
+    ``rest_of_world.a`` [r, K], ``rest_of_world.b`` [N, r] (frozen).  The base keeps its dtype; the
+    others are float32 (float64 over a float64 base), on the base's device.
+
+    Args:
+        base: an ``nn.Linear``, or a Hugging Face ``Conv1D``, which stores its weight as [K, N].
+        rank: r, at least 1.
+        alpha: the adapters are scaled by alpha / rank.
+        dropout: of the adapters' input, in training mode; rounded to a multiple of 1/256.
+        rest_of_world: False for one plain LoRA with neither Rest-of-World nor mixer.
+        mixer: True for the softmax mixer above, a tuple of two floats for fixed weights, None to
+            add both adapters with weight 1.
+        impl: see `mixed_lora_linear`.
+
+    Raises:
+        TypeError: the base is of another kind, or its weight is not floating point.
+        ValueError: rank, alpha, dropout or mixer is out of range.
+    """
+
+    base: nn.Module
+    individual: LowRank
+    rest_of_world: LowRank | None
+    mixer: nn.Parameter | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 8,
+        alpha: float = 32,
+        dropout: float = 0.05,
+        *,
+        rest_of_world: bool = True,
+        mixer: bool | tuple[float, ...] | None = True,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.transposed = _stores_transposed(base)
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha must be a positive number, got {alpha!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.rank, self.alpha, self.dropout, self.impl = rank, alpha, dropout, impl
+        self.scaling = alpha / rank
+        self.base = base.requires_grad_(False)
+        weight = self.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+        def zeros(rows: int, columns: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=dtype, device=weight.device)
+
+        n, k = weight.shape
+        self.individual = LowRank(zeros(rank, k), zeros(n, rank), trainable=True)
+        self.rest_of_world = (
+            LowRank(zeros(rank, k), zeros(n, rank), trainable=False) if rest_of_world else None
+        )
+        self.fixed = None if isinstance(mixer, bool) or not rest_of_world else mixer
+        self.mixer = nn.Parameter(zeros(2, k)) if mixer is True and rest_of_world else None
+        self.reset_parameters()
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as [N, K], whichever way it is stored."""
+        weight = self.base.weight
+        return weight.t() if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias [N], or None."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """K"""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """N"""
+        return self.weight.shape[0]
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters in the order of the mixer's rows: individual, then Rest-of-World."""
+        own = Adapter(self.individual.a, self.individual.b)
+        world = self.rest_of_world
+        return (own,) if world is None else (own, Adapter(world.a, world.b))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Kaiming uniform (a = √5) for ``individual.a`` and the mixer, zero for everything else."""
+        nn.init.kaiming_uniform_(self.individual.a, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.individual.b)
+        if self.rest_of_world is not None:
+            nn.init.zeros_(self.rest_of_world.a)
+            nn.init.zeros_(self.rest_of_world.b)
+        if self.mixer is not None:
+            nn.init.kaiming_uniform_(self.mixer, a=math.sqrt(5), generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N]."""
+        return mixed_lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.adapters,
+            self.mixer if self.mixer is not None else self.fixed,
+            scaling=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, impl={self.impl!r}"
+
+
+def _stores_transposed(base: nn.Module) -> bool:
+    """Whether the weight is stored as [K, N]; raises TypeError for a layer of another kind."""
+    conv1d = type(base).__name__ == "Conv1D" and hasattr(base, "nf")
+    if not (conv1d or isinstance(base, nn.Linear)):
+        raise TypeError(f"base must be an nn.Linear or a Conv1D, got {type(base).__name__}")
+    if not base.weight.dtype.is_floating_point:
+        raise TypeError(f"base.weight must be floating point, got {base.weight.dtype}")
+    return conv1d

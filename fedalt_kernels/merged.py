@@ -1,0 +1,251 @@
+"""The PyTorch implementation: forward and backward on merged matrix products, on any device.
+
+The symbols are those of `reference.py`, the equations those of `autograd.py`.  R = Σ r_e, and the
+adapters stand side by side: ``down`` [R, K] is every A_e, ``up`` [N, R] every B_e.  Each narrow
+product reads x or dY once for all adapters, gates are applied in rank space, and y and dX receive
+the adapters as one strip of contraction, accumulated into the base product's own output.
+
+Dropout is a 0/1 mask here; its 1 / (1 - t / 256) is part of ``scaling``.  It is applied to blocks
+of rows small enough to stay in cache, so no [M, K] mask or dropped copy of x ever exists.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import mask_bytes
+
+BLOCK_ELEMENTS = 2**18
+
+
+class Branches(NamedTuple):
+    """Everything beside the base product; tensors keep the dtype of their parameters."""
+
+    downs: Sequence[Tensor]  # E of [r_e, K]
+    ups: Sequence[Tensor]  # E of [N, r_e]
+    mixer: Tensor | None  # [E, K]; None: `weights` gate
+    weights: Sequence[float] | None  # E fixed gates; None: all 1
+    scaling: float  # alpha / r, times the dropout's keep scale
+    threshold: int  # bytes below it are dropped; 0: no dropout
+    seed: Tensor | None  # int64 [], None without dropout
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Branches
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns y [M, N], P [M, R] in x's dtype, and the gates [M, E] (None without a mixer).
+
+    Args:
+        x: [M, K].
+        weight: [N, K], dtype of x.
+        bias: [N] or None, dtype of x.
+        branches: the adapters and how to mix them.
+    """
+    down = _joined(branches.downs, 0, x.dtype)
+    if branches.threshold:
+        low = x.new_empty(x.shape[0], down.shape[0])
+        for rows, keep in _masks(x, branches):
+            torch.mm(keep.mul_(x[rows]), down.t(), out=low[rows])  # [m, K] [K, R]
+    else:
+        low = x @ down.t()  # [M, K] [K, R]
+    gates = None if branches.mixer is None else _gates(x, branches.mixer)
+    gated = low if gates is None else _times_gates(low, gates, branches).to(x.dtype)
+    y = torch.nn.functional.linear(x, weight, bias)
+    y.addmm_(gated, _up(branches, x.dtype).t(), alpha=branches.scaling)  # [M, R] [R, N]
+    return y, low, gates
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    gates: Tensor | None,
+    branches: Branches,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Returns the gradients that `needs` asks for, in its order: x, mixer, every A_e, every B_e.
+
+    Args:
+        dy: [M, N], dtype of x.
+        x, weight, branches: as they were given to `forward`.
+        low, gates: as `forward` returned them.
+        needs: 2 + 2 E flags.
+    """
+    split = 2 + len(branches.downs)
+    needs_x, needs_rows, needs_ups = needs[0], needs[1:split], needs[split:]
+    grads: list[Tensor] = []
+    if needs_x or any(needs_rows):
+        dlow = dy @ _up(branches, x.dtype)  # T: [M, N] [N, R]
+        dlogits = None
+        if gates is not None:
+            t = dlow.to(gates.dtype)
+            dlow = _times_gates(t, gates, branches).to(x.dtype)
+            dgates = _sums(t * low, branches)
+            dlogits = torch._softmax_backward_data(dgates, gates, -1, gates.dtype).to(x.dtype)
+        dx = dy @ weight if needs_x else None  # [M, N] [N, K]
+        add = _add_dropped if branches.threshold else _add_plain
+        rows = add(dx, x, dlow, dlogits, branches, needs_rows)
+        grads = rows if dx is None else [dx, *rows]
+    if any(needs_ups):
+        grads += _up_gradients(dy, low, gates, branches, needs_ups)
+    return grads
+
+
+def _add_plain(
+    dx: Tensor | None,
+    x: Tensor,
+    dlow: Tensor,
+    dlogits: Tensor | None,
+    branches: Branches,
+    needs_rows: Sequence[bool],
+) -> list[Tensor]:
+    """Adds the strip to dX; returns the wanted of dG and dA_e, from one product."""
+    rows: list[Tensor] = [*branches.downs]
+    strip = dlow
+    if dlogits is not None and branches.mixer is not None:
+        rows = [branches.mixer, *rows]
+        strip = torch.cat((dlogits, dlow), 1)  # [M, E + R]
+    else:
+        needs_rows = needs_rows[1:]
+    if dx is not None:
+        dx.addmm_(strip, _joined(rows, 0, x.dtype), alpha=branches.scaling)  # [M, E + R] [E + R, K]
+    if not any(needs_rows):
+        return []
+    sizes = [row.shape[0] for row in rows]
+    wanted = _columns(strip, sizes, needs_rows).t() @ x  # [wanted, M] [M, K]
+    return _pieces(wanted, rows, needs_rows, branches.scaling)
+
+
+def _add_dropped(
+    dx: Tensor | None,
+    x: Tensor,
+    dlow: Tensor,
+    dlogits: Tensor | None,
+    branches: Branches,
+    needs_rows: Sequence[bool],
+) -> list[Tensor]:
+    """`_add_plain` with the mask between x and the adapters, made again block by block."""
+    grads: list[Tensor] = []
+    needs_mixer, needs_downs = needs_rows[0], needs_rows[1:]
+    if dlogits is not None and branches.mixer is not None:
+        if dx is not None:
+            dx.addmm_(dlogits, branches.mixer.to(x.dtype), alpha=branches.scaling)
+        if needs_mixer:
+            wanted = dlogits.t() @ x  # [E, M] [M, K]
+            grads += _pieces(wanted, [branches.mixer], [True], branches.scaling)
+    down = _joined(branches.downs, 0, x.dtype)
+    picked = _columns(dlow, _ranks(branches), needs_downs) if any(needs_downs) else None
+    total = x.new_zeros(0 if picked is None else picked.shape[1], x.shape[1], dtype=_wide(x.dtype))
+    for rows, keep in _masks(x, branches):
+        if dx is not None:
+            dx[rows].addcmul_(dlow[rows] @ down, keep, value=branches.scaling)  # [m, R] [R, K]
+        if picked is not None:
+            total += picked[rows].t() @ keep.mul_(x[rows])  # [wanted, m] [m, K]
+    if picked is not None:
+        grads += _pieces(total, branches.downs, needs_downs, branches.scaling)
+    return grads
+
+
+def _up_gradients(
+    dy: Tensor, low: Tensor, gates: Tensor | None, branches: Branches, needs_ups: Sequence[bool]
+) -> list[Tensor]:
+    """dB_e of the wanted adapters, from one product of their gated P with dY."""
+    parts = []
+    for e, part in enumerate(low.split(_ranks(branches), 1)):
+        if needs_ups[e]:
+            if gates is not None:
+                part = (part * gates[:, e : e + 1]).to(low.dtype)
+            elif branches.weights is not None:
+                part = part * branches.weights[e]
+            parts.append(part)
+    gated = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    wanted = gated.t() @ dy  # [wanted, M] [M, N]; the other orientation is ten times slower
+    shapes = [b.t() for b in branches.ups]
+    return [piece.t() for piece in _pieces(wanted, shapes, needs_ups, branches.scaling)]
+
+
+def _pieces(
+    wanted: Tensor, like: Sequence[Tensor], needs: Sequence[bool], scaling: float
+) -> list[Tensor]:
+    """Scales merged rows and cuts them into the gradients of the needed ones of `like`."""
+    owners = [owner for owner, need in zip(like, needs, strict=True) if need]
+    scaled = wanted.to(_wide(wanted.dtype)).mul_(scaling)
+    pieces = scaled.split([owner.shape[0] for owner in owners])
+    return [piece.to(owner.dtype) for piece, owner in zip(pieces, owners, strict=True)]
+
+
+def _columns(merged: Tensor, sizes: Sequence[int], needs: Sequence[bool]) -> Tensor:
+    """The columns of the needed members; a view where they lie side by side."""
+    first = next(i for i, need in enumerate(needs) if need)
+    count = sum(needs)
+    if all(needs[first : first + count]):
+        start = sum(sizes[:first])
+        return merged[:, start : start + sum(sizes[first : first + count])]
+    parts = merged.split(list(sizes), 1)
+    return torch.cat([part for part, need in zip(parts, needs, strict=True) if need], 1)
+
+
+def _joined(parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)).to(dtype)
+
+
+def _up(branches: Branches, dtype: torch.dtype) -> Tensor:
+    """Every B_e side by side, [N, R], times its fixed weight where there is one."""
+    ups = branches.ups
+    if branches.weights is not None:
+        ups = [b * w for b, w in zip(ups, branches.weights, strict=True)]
+    return _joined(ups, 1, dtype)
+
+
+def _ranks(branches: Branches) -> list[int]:
+    return [a.shape[0] for a in branches.downs]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _gates(x: Tensor, mixer: Tensor) -> Tensor:
+    """softmax(x Gᵀ), [M, E] in at least float32."""
+    wide = _wide(x.dtype)
+    if mixer.shape[0] == 2:
+        # Of two logits only the difference counts; taking it first halves the rounding, and a
+        # sigmoid is several times faster than a softmax over two columns.
+        differences = (mixer - mixer.flip(0)).to(x.dtype)
+        return torch.sigmoid((x @ differences.t()).to(wide))
+    return torch.softmax(x @ mixer.to(x.dtype).t(), -1, dtype=wide)
+
+
+def _times_gates(low: Tensor, gates: Tensor, branches: Branches) -> Tensor:
+    """Column block e of `low` [M, R] times gate e, in the gates' dtype."""
+    ranks = _ranks(branches)
+    if len(set(ranks)) == 1:
+        cube = low.view(low.shape[0], len(ranks), ranks[0])
+        return (cube * gates.unsqueeze(-1)).view(low.shape)
+    parts = zip(low.split(ranks, 1), gates.split(1, 1), strict=True)
+    return torch.cat([part * gate for part, gate in parts], 1)
+
+
+def _sums(products: Tensor, branches: Branches) -> Tensor:
+    """The row-wise sum over each adapter's columns: [M, R] to [M, E]."""
+    ranks = _ranks(branches)
+    if len(set(ranks)) == 1:
+        return products.view(products.shape[0], len(ranks), ranks[0]).sum(-1)
+    return torch.stack([part.sum(1) for part in products.split(ranks, 1)], 1)
+
+
+def _masks(x: Tensor, branches: Branches) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows with their 0/1 mask in x's dtype, which the caller may overwrite."""
+    assert branches.seed is not None
+    rows, columns = x.shape
+    height = max(1, BLOCK_ELEMENTS // columns)
+    buffer = x.new_empty(min(height, rows), columns)
+    start = 0
+    for block in mask_bytes(int(branches.seed), rows, columns, height):
+        keep = buffer[: block.shape[0]]
+        torch.ge(block.to(x.device), branches.threshold, out=keep)
+        yield slice(start, start + block.shape[0]), keep
+        start += block.shape[0]

@@ -1,0 +1,34 @@
+"""Packaging of fedalt and fedalt_kernels; versions tested together are in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fedalt",
+    version="0.1.0",
+    description="Personalised federated fine-tuning with fused mixtures of LoRAs",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["fedalt", "fedalt.*", "fedalt_kernels", "fedalt_kernels.*"]),
+    package_data={"fedalt": ["assets/base/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "safetensors>=0.6",
+        "numpy>=1.26",
+        "rouge-score>=0.1.2",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "triton": ["triton>=3.6; sys_platform == 'linux'"],
+        "bench": ["peft>=0.18", "pytest-benchmark>=5.1"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "peft>=0.18"],
+        "lint": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["fedalt = fedalt.cli:main"]},
+)

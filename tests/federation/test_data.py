@@ -1,0 +1,129 @@
+"""Clients from folders, records as tokens."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from fedalt.config import DataConfig
+from fedalt.data import Record, load_clients
+from fedalt.data.tokens import IGNORED, Example, collate, encode, render_prompt
+from fedalt.errors import InputError
+from tests.conftest import write_client
+
+
+def clients_of(root, **settings):
+    return load_clients(DataConfig(path=str(root), **settings), seed=0)
+
+
+def test_a_folder_a_client_in_the_order_of_names(tiny_data):
+    clients = clients_of(tiny_data)
+    assert [client.id for client in clients] == ["ann", "bob", "cyd"]
+    assert [len(client.train) for client in clients] == [10, 6, 4]
+    assert clients[0].train[1] == Record(instruction="say 1", output="aa")
+
+
+def test_clients_can_be_chosen_in_an_order(tiny_data):
+    assert [c.id for c in clients_of(tiny_data, clients=("cyd", "ann"))] == ["cyd", "ann"]
+
+
+def test_fingerprints_follow_the_records(tiny_data):
+    before = [client.fingerprint() for client in clients_of(tiny_data)]
+    path = tiny_data / "bob" / "test.jsonl"
+    path.write_text(path.read_text().replace("say 0", "say 9"))
+    after = [client.fingerprint() for client in clients_of(tiny_data)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_bom_blank_lines_and_extra_fields_are_fine(tiny_data):
+    row = {"instruction": "a", "input": "b", "output": "c", "task": "t", "category": "k"}
+    content = b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r\n\n"
+    (tiny_data / "ann" / "train.jsonl").write_bytes(content)
+    assert clients_of(tiny_data)[0].train == (Record("a", "c", "b", "k"),)
+
+
+GOOD = b'{"instruction": "a", "output": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"train.jsonl: empty"),
+        (b"\n \n", r"train.jsonl: empty"),
+        (GOOD + b'{"instruction": "a"', r"train.jsonl:2: broken JSON: .* at column \d+"),
+        (GOOD + b'{"instruction": "a"}\n', r"train.jsonl:2: field 'output' is missing"),
+        (b'{"output": "a"}\n', r"train.jsonl:1: field 'instruction' is missing"),
+        (b'{"instruction": "a", "output": 3}\n', r"train.jsonl:1: field 'output' must be text"),
+        (b'{"instruction": "a", "output": " "}\n', r"train.jsonl:1: field 'output' is empty"),
+        (b"[1]\n", r"train.jsonl:1: wants a JSON object, got list"),
+        (GOOD + "é".encode("latin-1"), r"train.jsonl:2: not UTF-8 \(byte 0xe9 at column 1\)"),
+        (GOOD.decode().encode("utf-16"), r"train.jsonl:1: this is UTF-16"),
+    ],
+)
+def test_a_bad_file_is_named_with_line_and_field(tiny_data, content, message):
+    (tiny_data / "ann" / "train.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        clients_of(tiny_data)
+
+
+def test_missing_folders_and_files_are_named(tiny_data, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        clients_of(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no folder with a train.jsonl"):
+        clients_of(tmp_path / "empty")
+    (tiny_data / "bob" / "test.jsonl").unlink()
+    with pytest.raises(InputError, match=r"bob/test.jsonl: missing"):
+        clients_of(tiny_data)
+
+
+def test_a_client_twice_is_refused(tiny_data):
+    with pytest.raises(InputError, match="names the client 'ann' twice"):
+        clients_of(tiny_data, clients=("ann", "bob", "ann"))
+    with pytest.raises(InputError, match="no client 'zoe'; known: ann, bob, cyd"):
+        clients_of(tiny_data, clients=("zoe",))
+    os.symlink(tiny_data / "bob", tiny_data / "dan")
+    with pytest.raises(InputError, match=r"dan: the same client as .*bob"):
+        clients_of(tiny_data)
+
+
+def test_names_that_differ_in_case_alone_are_one_client(tiny_data):
+    write_client(tiny_data / "Ann", "x", 2)
+    with pytest.raises(InputError, match="the same client as"):
+        clients_of(tiny_data)
+
+
+def test_prompts_follow_the_template_and_never_expand_the_data():
+    config = DataConfig()
+    assert render_prompt(Record("add", "2"), config) == "### Instruction:\nadd\n\n### Response:\n"
+    assert render_prompt(Record("x {input}", "2", "y {instruction}"), config) == (
+        "### Instruction:\nx {input}\n\n### Input:\ny {instruction}\n\n### Response:\n"
+    )
+
+
+@pytest.fixture
+def tokenizer(tiny_base):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def test_encoding_marks_both_ends_and_keeps_the_end_of_a_long_prompt(tokenizer):
+    (example,) = encode([Record("abc", "xyz")], tokenizer, DataConfig())
+    assert example.prompt[0] == tokenizer.bos_token_id
+    assert example.answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(example.answer[:-1]) == "xyz"
+    (short,) = encode([Record("abc" * 40, "xyz" * 40)], tokenizer, DataConfig(max_length=32))
+    assert len(short.prompt) + len(short.answer) == 32
+    assert tokenizer.decode(short.answer[:-1]) == ("xyz" * 40)[:15]
+    assert tokenizer.decode(short.prompt[1:]) == "\n### Response:\n"
+
+
+def test_batches_are_padded_left_with_labels_on_answers():
+    rows = [Example((1, 5, 6), (7, 2)), Example((1,), (8, 9, 2))]
+    batch = collate(rows, pad_id=0, device=torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[1, 5, 6, 7, 2], [0, 1, 8, 9, 2]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 7, 2], [IGNORED, 8, 9, 2]]
