@@ -68,14 +68,14 @@ def _show(table: str, plot: Path) -> None:
 
 def _config(options: argparse.Namespace) -> Config:
     """The config the options ask for; a resume without CONFIG starts from the run's own."""
-    if options.resume and not options.out:
-        raise InputError("--resume wants the run directory: name it with --out")
-    path = options.config
-    if options.resume and path is None and (Path(options.out) / CONFIG).is_file():
-        path = Path(options.out) / CONFIG
+    path, saved = options.config, Path(options.out) / CONFIG
+    if options.resume and path is None and options.out and saved.is_file():
+        path = saved
     config = load_config(path, tuple(options.settings))
     if options.data:
         config = replace(config, data=replace(config.data, path=options.data))
+    if options.resume and not (options.out or config.out):
+        raise InputError("--resume wants the run directory: name it with --out")
     return replace(config, out=options.out or config.out)
 
 

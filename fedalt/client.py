@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from fedalt.config import TrainConfig
 from fedalt.data.tokens import Example, collate
@@ -51,7 +51,7 @@ def train_client(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    schedule = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, steps)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, config))
     order = torch.Generator().manual_seed(seed)
     total = torch.zeros((), dtype=torch.float64, device=device)
     model.train()
@@ -73,6 +73,15 @@ def train_client(
 def count_steps(examples: int, config: TrainConfig) -> int:
     """Optimizer steps of one client's round."""
     return config.max_steps or config.epochs * math.ceil(examples / config.batch_size)
+
+
+def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
+    """The share of ``learning_rate`` at ``step`` of ``steps``: a linear rise, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    left = (steps - step) / max(1, steps - config.warmup_steps)
+    shapes = {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}
+    return shapes[config.lr_scheduler]
 
 
 def derive_seed(seed: int, round_number: int, client_id: str) -> int:

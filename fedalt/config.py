@@ -90,7 +90,7 @@ class TrainConfig:
     learning_rate: float = 4e-3
     weight_decay: float = 0.0
     lr_scheduler: str = "linear"
-    """A name that ``transformers.get_scheduler`` knows and that needs no further setting."""
+    """What follows the warm-up: ``linear`` or ``cosine`` decay to zero, or ``constant``."""
     warmup_steps: int = 3
     max_grad_norm: float = 1.0
 
@@ -103,7 +103,7 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "train.weight_decay", "at least 0", self.weight_decay)
         _require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
         _require(self.max_grad_norm > 0, "train.max_grad_norm", "above 0", self.max_grad_norm)
-        schedules = ("linear", "cosine", "constant", "constant_with_warmup")
+        schedules = ("linear", "cosine", "constant")
         known = self.lr_scheduler in schedules
         wanted = f"one of {', '.join(schedules)}"
         _require(known, "train.lr_scheduler", wanted, self.lr_scheduler)

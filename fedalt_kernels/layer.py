@@ -82,8 +82,10 @@ class MixedLoRALinear(nn.Module):
         self.rest_of_world = (
             LowRank(zeros(rank, k), zeros(n, rank), trainable=False) if rest_of_world else None
         )
+        self.names = ("individual", "rest_of_world") if rest_of_world else ("individual",)
         self.fixed = None if isinstance(mixer, bool) or not rest_of_world else mixer
-        self.mixer = nn.Parameter(zeros(2, k)) if mixer is True and rest_of_world else None
+        learned = mixer is True and rest_of_world
+        self.register_parameter("mixer", nn.Parameter(zeros(2, k)) if learned else None)
         self.reset_parameters()
 
     @property
@@ -110,9 +112,10 @@ class MixedLoRALinear(nn.Module):
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """The adapters in the order of the mixer's rows: individual, then Rest-of-World."""
-        own = Adapter(self.individual.a, self.individual.b)
-        world = self.rest_of_world
-        return (own,) if world is None else (own, Adapter(world.a, world.b))
+        # Reading the registries costs a tenth of nn.Module.__getattr__, and this runs every call.
+        modules = self._modules
+        factors = [modules[name]._parameters for name in self.names]
+        return tuple([Adapter(each["a"], each["b"]) for each in factors])
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -127,12 +130,15 @@ class MixedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
+        base = self._modules["base"]._parameters
+        weight = base["weight"]
+        mixer = self._parameters["mixer"]
         return mixed_lora_linear(
             x,
-            self.weight,
-            self.bias,
+            weight.t() if self.transposed else weight,
+            base["bias"],
             self.adapters,
-            self.mixer if self.mixer is not None else self.fixed,
+            self.fixed if mixer is None else mixer,
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
             impl=self.impl,

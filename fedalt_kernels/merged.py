@@ -51,7 +51,7 @@ def forward(
     else:
         low = x @ down.t()  # [M, K] [K, R]
     gates = None if branches.mixer is None else _gates(x, branches.mixer)
-    gated = low if gates is None else _times_gates(low, gates, branches).to(x.dtype)
+    gated = low if gates is None else _cast(_times_gates(low, gates, branches), x.dtype)
     y = torch.nn.functional.linear(x, weight, bias)
     y.addmm_(gated, _up(branches, x.dtype).t(), alpha=branches.scaling)  # [M, R] [R, N]
     return y, low, gates
@@ -81,10 +81,11 @@ def backward(
         dlow = dy @ _up(branches, x.dtype)  # T: [M, N] [N, R]
         dlogits = None
         if gates is not None:
-            t = dlow.to(gates.dtype)
-            dlow = _times_gates(t, gates, branches).to(x.dtype)
+            t = _cast(dlow, gates.dtype)
+            dlow = _cast(_times_gates(t, gates, branches), x.dtype)
             dgates = _sums(t * low, branches)
-            dlogits = torch._softmax_backward_data(dgates, gates, -1, gates.dtype).to(x.dtype)
+            dlogits = torch._softmax_backward_data(dgates, gates, -1, gates.dtype)
+            dlogits = _cast(dlogits, x.dtype)
         dx = dy @ weight if needs_x else None  # [M, N] [N, K]
         add = _add_dropped if branches.threshold else _add_plain
         rows = add(dx, x, dlow, dlogits, branches, needs_rows)
@@ -132,7 +133,7 @@ def _add_dropped(
     needs_mixer, needs_downs = needs_rows[0], needs_rows[1:]
     if dlogits is not None and branches.mixer is not None:
         if dx is not None:
-            dx.addmm_(dlogits, branches.mixer.to(x.dtype), alpha=branches.scaling)
+            dx.addmm_(dlogits, _cast(branches.mixer, x.dtype), alpha=branches.scaling)
         if needs_mixer:
             wanted = dlogits.t() @ x  # [E, M] [M, K]
             grads += _pieces(wanted, [branches.mixer], [True], branches.scaling)
@@ -154,13 +155,16 @@ def _up_gradients(
 ) -> list[Tensor]:
     """dB_e of the wanted adapters, from one product of their gated P with dY."""
     parts = []
-    for e, part in enumerate(low.split(_ranks(branches), 1)):
+    start = 0
+    for e, rank in enumerate(_ranks(branches)):
         if needs_ups[e]:
+            part = low[:, start : start + rank]
             if gates is not None:
-                part = (part * gates[:, e : e + 1]).to(low.dtype)
+                part = _cast(part * gates[:, e : e + 1], low.dtype)
             elif branches.weights is not None:
                 part = part * branches.weights[e]
             parts.append(part)
+        start += rank
     gated = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     wanted = gated.t() @ dy  # [wanted, M] [M, N]; the other orientation is ten times slower
     shapes = [b.t() for b in branches.ups]
@@ -171,10 +175,15 @@ def _pieces(
     wanted: Tensor, like: Sequence[Tensor], needs: Sequence[bool], scaling: float
 ) -> list[Tensor]:
     """Scales merged rows and cuts them into the gradients of the needed ones of `like`."""
-    owners = [owner for owner, need in zip(like, needs, strict=True) if need]
-    scaled = wanted.to(_wide(wanted.dtype)).mul_(scaling)
-    pieces = scaled.split([owner.shape[0] for owner in owners])
-    return [piece.to(owner.dtype) for piece, owner in zip(pieces, owners, strict=True)]
+    scaled = _cast(wanted, _wide(wanted.dtype)).mul_(scaling)
+    grads = []
+    start = 0
+    for owner, need in zip(like, needs, strict=True):
+        if need:
+            rows = owner.shape[0]
+            grads.append(_cast(scaled[start : start + rows], owner.dtype))
+            start += rows
+    return grads
 
 
 def _columns(merged: Tensor, sizes: Sequence[int], needs: Sequence[bool]) -> Tensor:
@@ -188,8 +197,13 @@ def _columns(merged: Tensor, sizes: Sequence[int], needs: Sequence[bool]) -> Ten
     return torch.cat([part for part, need in zip(parts, needs, strict=True) if need], 1)
 
 
-def _joined(parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)).to(dtype)
+def _joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int, dtype: torch.dtype) -> Tensor:
+    return _cast(parts[0] if len(parts) == 1 else torch.cat(parts, dim), dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)` without its microsecond where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _up(branches: Branches, dtype: torch.dtype) -> Tensor:
@@ -214,9 +228,9 @@ def _gates(x: Tensor, mixer: Tensor) -> Tensor:
     if mixer.shape[0] == 2:
         # Of two logits only the difference counts; taking it first halves the rounding, and a
         # sigmoid is several times faster than a softmax over two columns.
-        differences = (mixer - mixer.flip(0)).to(x.dtype)
-        return torch.sigmoid((x @ differences.t()).to(wide))
-    return torch.softmax(x @ mixer.to(x.dtype).t(), -1, dtype=wide)
+        differences = _cast(mixer - mixer.flip(0), x.dtype)
+        return torch.sigmoid(_cast(x @ differences.t(), wide))
+    return torch.softmax(x @ _cast(mixer, x.dtype).t(), -1, dtype=wide)
 
 
 def _times_gates(low: Tensor, gates: Tensor, branches: Branches) -> Tensor:

@@ -1,0 +1,208 @@
+"""The command: exit status, one line for bad input, nothing written or lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedalt.cli import main
+
+
+@pytest.fixture
+def config_file(tiny_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(tiny_config.to_yaml())
+    return path
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def refused(arguments, capsys) -> str:
+    """The one line that a refused command prints; its exit status is 2."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("fedalt: ")]
+    assert captured.out == ""
+    assert len(lines) == 1
+    return lines[0]
+
+
+def break_data(root: Path, name: str, content: bytes) -> None:
+    (root / "bob" / name).write_bytes(content)
+
+
+BAD_DATA = {
+    "empty train": (lambda r: break_data(r, "train.jsonl", b""), "bob/train.jsonl: empty"),
+    "broken JSON": (
+        lambda r: break_data(r, "train.jsonl", b'{"instruction":\n'),
+        "bob/train.jsonl:1: broken JSON",
+    ),
+    "no output": (
+        lambda r: break_data(r, "test.jsonl", b'{"instruction": "a"}\n'),
+        "bob/test.jsonl:1: field 'output' is missing",
+    ),
+    "encoding": (
+        lambda r: break_data(r, "train.jsonl", b'{"instruction": "\xe9"}\n'),
+        "bob/train.jsonl:1: not UTF-8 (byte 0xe9 at column 18)",
+    ),
+    "missing folder": (shutil.rmtree, "no such folder"),
+    "missing file": (
+        lambda r: (r / "bob" / "test.jsonl").unlink(),
+        "bob/test.jsonl: missing",
+    ),
+    "twice": (
+        lambda r: os.symlink(r / "bob", r / "zoe"),
+        "zoe: the same client as",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_bad_data_is_refused_before_anything_is_written(
+    case, command, config_file, tiny_data, tiny_config, tmp_path, capsys
+):
+    spoil, message = BAD_DATA[case]
+    spoil(tiny_data)
+    before = tree(tmp_path)
+    assert message in refused([command, config_file], capsys)
+    assert tree(tmp_path) == before
+    assert not Path(tiny_config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "lora.rank=0"], "lora.rank must be at least 1, got 0"),
+        (["-c", "lora.target_modules=[q_porj]"], "'q_porj'; did you mean q_proj"),
+        (["-c", "train.batchsize=1"], "did you mean train.batch_size?"),
+        (["-c", "data.clients=[bob, bob]"], "names the client 'bob' twice"),
+        (["-c", "method=fedavg"], "no method is named 'fedavg'"),
+        (["-c", "model.path=no/such"], "model.path: cannot load 'no/such'"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    arguments, message, config_file, tiny_config, tmp_path, capsys
+):
+    before = tree(tmp_path)
+    assert message in refused(["run", config_file, *arguments], capsys)
+    assert tree(tmp_path) == before
+
+
+def test_an_output_directory_is_never_overwritten(config_file, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("years of work")
+    before = tree(tmp_path)
+    message = refused(["run", config_file, "--out", taken], capsys)
+    assert "taken: not empty; add --resume" in message
+    message = refused(["run", config_file, "--out", taken, "--resume"], capsys)
+    assert "not empty and no run of fedalt" in message
+    message = refused(["run", config_file, "--out", taken / "thesis.tex" / "run"], capsys)
+    assert "thesis.tex is a file" in message
+    assert tree(tmp_path) == before
+
+
+def test_an_unwritable_output_directory_is_named(
+    config_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "is not writable" in refused(["run", config_file, "--out", tmp_path / "run"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_prints_its_table_and_resumes_only_under_its_own_config(
+    config_file, tiny_config, capsys
+):
+    out = tiny_config.out
+    assert main(["run", str(config_file)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("| client")
+    assert printed.splitlines()[-1] == f"plot: {out}/report/curves.png"
+    assert Path(out, "report", "curves.png").exists()
+
+    before = tree(Path(out))
+    message = refused(["run", config_file, "--resume", "-c", "train.batch_size=2"], capsys)
+    assert "train.batch_size is 2 here and was 4" in message
+    assert "not empty; add --resume" in refused(["run", config_file], capsys)
+    assert tree(Path(out)) == before
+
+    assert main(["run", "--out", out, "--resume"]) == 0  # the run's own config is enough
+    assert capsys.readouterr().out == printed
+    assert main(["report", out]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["evaluate", out, "--client", "bob"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["bob"]
+
+
+def test_a_resume_needs_a_directory(capsys):
+    assert "--resume wants the run directory" in refused(["run", "--resume"], capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_a_directory_without_a_run_is_named(command, tmp_path, capsys):
+    assert f"{tmp_path}/config.yaml: cannot read" in refused([command, tmp_path], capsys)
+
+
+def test_without_out_runs_are_numbered(config_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["run", str(config_file), "-c", "out=''", "-c", "rounds=1"]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["data-fedalt", "data-fedalt-2"]
+
+
+def test_an_interrupt_exits_130_with_the_line_that_resumes(config_file, tiny_config):
+    command = [sys.executable, "-m", "fedalt", "run", str(config_file), "-c", "rounds=500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not Path(tiny_config.out, "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = errors.splitlines()[-1]
+    assert last == f"fedalt: interrupted; go on with: fedalt run --out {tiny_config.out} --resume"
+    assert "Traceback" not in errors
+
+
+def test_compare_prints_a_line_a_method_and_resumes(config_file, tiny_config, capsys):
+    arguments = ["compare", str(config_file), "--methods", "fedalt,local", "--seeds", "0,1"]
+    assert main([*arguments, "-c", "rounds=1", "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in printed.splitlines()[:-1]]
+    assert rows == ["method", "-" * len(rows[1]), "fedalt", "local"]
+    out = Path(tiny_config.out)
+    summary = json.loads((out / "compare.json").read_text())
+    assert {name: len(runs) for name, runs in summary["methods"].items()} == {
+        "fedalt": 2,
+        "local": 2,
+    }
+    losses = [run["mean"]["last"]["loss"] for run in summary["methods"]["local"]]
+    mean, half = sum(losses) / 2, abs(losses[0] - losses[1]) / 2
+    assert f"{mean:.3f} ± {half * 2**0.5:.3f}" in printed
+    assert (out / "compare.png").exists()
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("results.json")}
+    assert len(before) == 4
+    assert "not empty; add --resume" in refused([*arguments, "-c", "rounds=1"], capsys)
+    assert main([*arguments, "-c", "rounds=1", "--resume", "--jobs", "2"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_compare_refuses_what_it_cannot_pair(config_file, capsys):
+    base = ["compare", config_file]
+    assert "--methods: names one twice" in refused([*base, "--methods", "local,local"], capsys)
+    assert "--seeds: names one twice" in refused([*base, "--seeds", "1,1"], capsys)
+    assert "--seeds: wants a whole number" in refused([*base, "--seeds", "1,x"], capsys)
+    assert "--jobs must be at least 1" in refused([*base, "--jobs", "0"], capsys)
+    assert "no method is named 'x'" in refused([*base, "--methods", "x"], capsys)
