@@ -57,7 +57,7 @@ def train_client(
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for _, batch in zip(range(steps), _batches(examples, config, order), strict=False):
+        for _, batch in zip(range(steps), batches(examples, config, order), strict=False):
             loss = answer_loss(model, collate(batch, pad_id, device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -90,7 +90,7 @@ def derive_seed(seed: int, round_number: int, client_id: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _batches(
+def batches(
     examples: Sequence[Example], config: TrainConfig, order: torch.Generator
 ) -> Iterator[list[Example]]:
     """Batches of one shuffled pass after another, without end."""

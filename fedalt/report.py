@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedalt.errors import InputError
+
 Event = Mapping[str, Any]
 METRICS = ("rouge1", "exact_match", "loss")
 
@@ -114,8 +116,13 @@ def write_report(run_dir: Path, title: str) -> tuple[str, Path]:
 
     Returns:
         The table of clients as text, and the plot's path. Both lie in ``report/``.
+
+    Raises:
+        InputError: no client has been scored yet.
     """
     results = summarise(read_events(run_dir / "metrics.jsonl"))
+    if not results["clients"]:
+        raise InputError(f"{run_dir}: nothing is scored yet; wait for round 0 to finish")
     text = client_table(results)
     plot = run_dir / "report" / "curves.png"
     curves = {

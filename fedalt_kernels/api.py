@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .autograd import fused
-from .checks import check_arguments
+from .checks import check_arguments, check_tensors
 from .dropout import drop_threshold, keep_scale
 from .reference import reference
 
@@ -30,7 +30,7 @@ def mixed_lora_linear(
 
         y = x Wᵀ + b + s Σ_e g_e ⊙ (dropout(x) A_eᵀ) B_eᵀ,    g = softmax(x mixerᵀ)
 
-    Shapes: M tokens (any leading dimensions, also none), K inputs, N outputs, E adapters, r_e ranks.
+    M tokens (any leading dimensions, also none), K inputs, N outputs, E adapters, r_e their ranks.
     Under ``torch.autocast`` it behaves as ``nn.Linear`` does: it computes in the autocast dtype and
     returns it.
 
@@ -58,6 +58,7 @@ def mixed_lora_linear(
         ValueError: a shape, dtype, device or value does not fit, or the base asks for a gradient.
         RuntimeError: ``impl`` cannot run here.
     """
+    check_tensors(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

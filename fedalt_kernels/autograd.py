@@ -72,7 +72,10 @@ class MixedLoRA(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, gates, mixer, seed, *factors = ctx.saved_tensors
         count = len(factors) // 2
-        branches = merged.Branches(factors[:count], factors[count:], mixer, *ctx.constants, seed)
+        weights, scaling, threshold = ctx.constants
+        branches = merged.Branches(
+            factors[:count], factors[count:], mixer, weights, scaling, threshold, seed
+        )
         n, k = weight.shape
         asked = ctx.needs_input_grad
         needs = [asked[0], asked[3], *asked[8:]]

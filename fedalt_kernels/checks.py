@@ -18,6 +18,13 @@ IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 MOST_ADAPTERS = 8
 
 
+def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError for what has no dtype and no device to speak of."""
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+
+
 def check_arguments(
     x: Tensor,
     weight: Tensor,
@@ -46,7 +53,10 @@ def check_arguments(
     count = len(adapters)
     if not 1 <= count <= MOST_ADAPTERS:
         raise ValueError(f"adapters must be 1 to {MOST_ADAPTERS}, got {count}")
-    for e, (a, b) in enumerate(adapters):
+    for e, adapter in enumerate(adapters):
+        if not isinstance(adapter, tuple):
+            raise TypeError(f"adapters[{e}] must be an Adapter(a, b), got {type(adapter).__name__}")
+        a, b = adapter
         rank = a.shape[0] if a.dim() == 2 else 0
         if rank < 1 or a.shape[1] != k or b.shape != (n, rank):
             raise ValueError(
@@ -64,9 +74,9 @@ def check_arguments(
             raise TypeError(
                 f"mixer must be a Tensor, a tuple of floats or None, got {type(mixer).__name__}"
             )
-        if len(mixer) != count or not all(math.isfinite(gate) for gate in mixer):
+        if len(mixer) != count or not all(-math.inf < gate < math.inf for gate in mixer):
             raise ValueError(f"mixer must be {count} finite floats, got {mixer}")
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

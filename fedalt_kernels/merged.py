@@ -19,12 +19,14 @@ from .dropout import mask_bytes
 
 BLOCK_ELEMENTS = 2**18
 
+Factors = list[Tensor] | tuple[Tensor, ...]
+
 
 class Branches(NamedTuple):
     """Everything beside the base product; tensors keep the dtype of their parameters."""
 
-    downs: Sequence[Tensor]  # E of [r_e, K]
-    ups: Sequence[Tensor]  # E of [N, r_e]
+    downs: Factors  # E of [r_e, K]
+    ups: Factors  # E of [N, r_e]
     mixer: Tensor | None  # [E, K]; None: `weights` gate
     weights: Sequence[float] | None  # E fixed gates; None: all 1
     scaling: float  # alpha / r, times the dropout's keep scale
@@ -197,7 +199,7 @@ def _columns(merged: Tensor, sizes: Sequence[int], needs: Sequence[bool]) -> Ten
     return torch.cat([part for part, need in zip(parts, needs, strict=True) if need], 1)
 
 
-def _joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int, dtype: torch.dtype) -> Tensor:
+def _joined(parts: Factors, dim: int, dtype: torch.dtype) -> Tensor:
     return _cast(parts[0] if len(parts) == 1 else torch.cat(parts, dim), dtype)
 
 

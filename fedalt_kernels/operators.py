@@ -1,6 +1,7 @@
 """`merged.py` as registered operators, which torch.compile calls without looking inside."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,27 +43,25 @@ def merged_backward(
 ) -> list[Tensor]:
     """`merged.backward`, as one operator."""
     held = low.new_empty(0) if gates is None else gates
-    return torch.ops.fedalt_kernels.merged_backward(
-        dy, x, weight, low, held, *branches, needs
-    )
+    return torch.ops.fedalt_kernels.merged_backward(dy, x, weight, low, held, *branches, needs)
 
 
 @torch.library.impl("fedalt_kernels::merged_forward", "CompositeExplicitAutograd")
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *branches: object
+    x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, low, gates = merged.forward(x, weight, bias, Branches(*branches))  # type: ignore[arg-type]
+    y, low, gates = merged.forward(x, weight, bias, Branches(*branches))
     return y, low, x.new_empty(0) if gates is None else gates
 
 
 @torch.library.impl("fedalt_kernels::merged_backward", "CompositeExplicitAutograd")
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: object
+    dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
     *branches, needs = rest
-    mixed = Branches(*branches)  # type: ignore[arg-type]
+    mixed = Branches(*branches)
     held = None if mixed.mixer is None else gates
-    grads = merged.backward(dy, x, weight, low, held, mixed, needs)  # type: ignore[arg-type]
+    grads = merged.backward(dy, x, weight, low, held, mixed, needs)
     # An operator's outputs must not share storage; gradients cut from one product do.
     return [
         grad if i == 0 and needs[0] else grad.clone(memory_format=torch.contiguous_format)
@@ -72,9 +71,9 @@ def _backward(
 
 @torch.library.register_fake("fedalt_kernels::merged_forward")
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *branches: object
+    x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mixed = Branches(*branches)  # type: ignore[arg-type]
+    mixed = Branches(*branches)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rank = sum(a.shape[0] for a in mixed.downs)
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -86,10 +85,10 @@ def _fake_forward(
 
 @torch.library.register_fake("fedalt_kernels::merged_backward")
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: object
+    dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
     *branches, needs = rest
-    mixed = Branches(*branches)  # type: ignore[arg-type]
+    mixed = Branches(*branches)
     inputs = [x, mixed.mixer, *mixed.downs, *mixed.ups]
     return [
         torch.empty(source.shape, dtype=source.dtype, device=source.device)

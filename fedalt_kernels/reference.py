@@ -20,6 +20,7 @@ All adapters share one dropout mask.  Everything else in this package is held to
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,18 +48,18 @@ def reference(
     y = torch.nn.functional.linear(x, weight, bias)
     dropped = x
     threshold = drop_threshold(dropout_p)
-    if threshold:
+    if threshold and seed is not None:
         columns = x.shape[-1]
-        rows = x.shape[:-1].numel()
-        keep = keep_mask(int(seed), rows, columns, threshold).to(x.device).view(x.shape)
-        dropped = torch.where(keep, x, 0) * keep_scale(threshold)
+        keep = keep_mask(int(seed), x.shape[:-1].numel(), columns, threshold)
+        dropped = torch.where(keep.to(x.device).view(x.shape), x, 0) * keep_scale(threshold)
+    gates: Any  # E of: Tensor [..., 1], or float
     if isinstance(mixer, Tensor):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        gates = torch.softmax((x @ mixer.to(dtype).T).to(wide), dim=-1).unbind(-1)
+        gates = torch.softmax((x @ mixer.to(dtype).T).to(wide), dim=-1).unsqueeze(-1).unbind(-2)
     else:
-        gates = mixer or (1.0,) * len(adapters)
+        gates = (1.0,) * len(adapters) if mixer is None else mixer
     for gate, (a, b) in zip(gates, adapters, strict=True):
         low = dropped @ a.to(dtype).T
-        gated = low * gate.unsqueeze(-1) if isinstance(gate, Tensor) else low * gate
-        y = y + scaling * (gated.to(dtype) @ b.to(dtype).T)
+        gated = (low * gate).to(dtype)
+        y = y + scaling * (gated @ b.to(dtype).T)
     return y

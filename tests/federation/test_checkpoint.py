@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, checked when read, the oldest dropped."""
 
+import contextlib
 import os
 
 import pytest
@@ -64,10 +65,8 @@ def test_a_save_cut_short_anywhere_leaves_the_one_before_or_the_new_one(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, stage, failing)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         ckpt.save_checkpoint(tmp_path, federation(1), keep=1)
-    except KeyboardInterrupt:
-        pass
     monkeypatch.undo()
     survivor = ckpt.load_latest(tmp_path)
     assert survivor.round in (0, 1)

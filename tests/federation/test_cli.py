@@ -113,9 +113,7 @@ def test_an_output_directory_is_never_overwritten(config_file, tmp_path, capsys)
     assert tree(tmp_path) == before
 
 
-def test_an_unwritable_output_directory_is_named(
-    config_file, tmp_path, capsys, monkeypatch
-):
+def test_an_unwritable_output_directory_is_named(config_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "is not writable" in refused(["run", config_file, "--out", tmp_path / "run"], capsys)
     assert not (tmp_path / "run").exists()

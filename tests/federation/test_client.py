@@ -1,11 +1,12 @@
 """Local training: seeds, batches and the schedule."""
 
 from dataclasses import replace
+from itertools import chain, islice
 
 import pytest
 import torch
 
-from fedalt.client import count_steps, derive_seed, learning_rate_factor, train_client
+from fedalt.client import batches, count_steps, derive_seed, learning_rate_factor, train_client
 from fedalt.config import TrainConfig
 from fedalt.data import load_clients
 from fedalt.data.tokens import encode
@@ -60,14 +61,9 @@ def test_training_repeats_bit_for_bit_and_leaves_the_global_generator_alone(tiny
 
 
 def test_every_record_is_seen_once_an_epoch(tiny_config):
-    from fedalt import client as module
-
-    seen = []
     order = torch.Generator().manual_seed(0)
-    batches = module._batches(range(10), TrainConfig(batch_size=4), order)
-    for _, batch in zip(range(6), batches, strict=False):
-        seen.append(batch)
+    seen = list(islice(batches(range(10), TrainConfig(batch_size=4), order), 6))
     assert [len(batch) for batch in seen] == [4, 4, 2] * 2
-    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    first, second = (list(chain(*part)) for part in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second

@@ -71,7 +71,7 @@ def test_missing_folders_and_files_are_named(tiny_data, tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         clients_of(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: no folder with a train.jsonl"):
+    with pytest.raises(InputError, match=r"empty: no folder with a train\.jsonl"):
         clients_of(tmp_path / "empty")
     (tiny_data / "bob" / "test.jsonl").unlink()
     with pytest.raises(InputError, match=r"bob/test.jsonl: missing"):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fedalt.loss import answer_loss
 from fedalt.config import DataConfig, EvaluateConfig, ModelConfig
 from fedalt.data import Record
 from fedalt.data.tokens import collate, encode
 from fedalt.evaluate import evaluate_client, generate, score
+from fedalt.loss import answer_loss
 from fedalt.models import load_base
 
 RECORDS = [Record("say " + "x" * n, "y" * (1 + n % 3)) for n in (1, 9, 4, 17, 2)]

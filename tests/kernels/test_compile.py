@@ -1,0 +1,86 @@
+"""The registered operators, and the layer under torch.compile."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fedalt_kernels import MixedLoRALinear
+from fedalt_kernels import operators as _registers_them  # noqa: F401
+
+from .cases import SCALING, SEED, Case, build
+
+
+def branches(case: Case, dropout: bool) -> tuple[object, ...]:
+    """The arguments that both operators share."""
+    inputs = build(case)
+    learned = isinstance(inputs.mixer, torch.Tensor)
+    return (
+        [a.detach() for a, _ in inputs.adapters],
+        [b.detach() for _, b in inputs.adapters],
+        inputs.mixer.detach() if learned else None,
+        None if learned else inputs.mixer,
+        SCALING,
+        77 if dropout else 0,
+        torch.tensor(SEED) if dropout else None,
+    )
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dtype=torch.bfloat16, param_dtype=torch.float32),
+        Case(ranks=(1, 2, 3), dtype=torch.float32, param_dtype=torch.float32),
+        Case(gate="fixed", dtype=torch.float32, param_dtype=torch.float32),
+    ],
+    ids=str,
+)
+def test_opcheck(case: Case, dropout: bool) -> None:
+    inputs = build(case)
+    shared = branches(case, dropout)
+    x, dy = inputs.x.detach(), inputs.dy
+    operators = torch.ops.fedalt_kernels
+    forward = (x, inputs.weight, inputs.bias, *shared)
+    torch.library.opcheck(operators.merged_forward.default, forward)
+    _, low, gates = operators.merged_forward(*forward)
+    learned = isinstance(inputs.mixer, torch.Tensor)
+    count = len(case.ranks)
+    for needs_x in (True, False):
+        needs = [needs_x, learned] + [True] * count + [False] + [True] * (count - 1)
+        backward = (dy, x, inputs.weight, low, gates, *shared, needs)
+        torch.library.opcheck(operators.merged_backward.default, backward)
+
+
+def step(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output and the gradients of x and of the layer's trainable parameters."""
+    torch.manual_seed(2)
+    x = x.clone().requires_grad_()
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y.sum(), [x, *trainable])]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_compiled_layer_matches_eager_at_every_length(dropout: float) -> None:
+    layer = MixedLoRALinear(torch.nn.Linear(32, 24), rank=4, dropout=dropout)
+    for parameter in (layer.individual.b, layer.rest_of_world.a, layer.rest_of_world.b):
+        torch.nn.init.normal_(parameter)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for rows in (5, 8, 13):
+        x = torch.randn(2, rows, 32)
+        for eager, other in zip(step(layer, x), step(compiled, x), strict=True):
+            assert torch.allclose(eager, other, rtol=1e-5, atol=1e-5)
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1]
+
+
+def test_inductor_compiles_forward_and_backward_with_dropout() -> None:
+    layer = MixedLoRALinear(torch.nn.Linear(32, 24), rank=4, dropout=0.5)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(6, 32, requires_grad=True)
+    compiled(x).sum().backward()
+    assert layer.individual.b.grad.any()
+    assert torch.isfinite(x.grad).all()

@@ -1,0 +1,36 @@
+"""What importing the package needs, and what it exports."""
+
+import subprocess
+import sys
+
+import fedalt_kernels
+
+PROGRAM = """
+import os, sys
+sys.modules["triton"] = None
+reads = []
+class Watched(type(os.environ)):
+    def __getitem__(self, key):
+        reads.append(key)
+        return super().__getitem__(key)
+import torch, numpy
+os.environ.__class__ = Watched
+import fedalt_kernels
+os.environ.__class__ = Watched.__bases__[0]
+assert not reads, reads
+assert not torch.cuda.is_initialized()
+assert "transformers" not in sys.modules
+layer = fedalt_kernels.MixedLoRALinear(torch.nn.Linear(8, 4), rank=2)
+layer(torch.randn(3, 8)).sum().backward()
+assert layer.individual.b.grad is not None
+"""
+
+
+def test_works_without_triton_and_reads_no_environment() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names() -> None:
+    assert fedalt_kernels.__all__ == ["Adapter", "MixedLoRALinear", "mixed_lora_linear"]
+    assert fedalt_kernels.__version__ == "0.1.0"

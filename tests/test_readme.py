@@ -1,0 +1,31 @@
+"""What the README and the examples say can be run, runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedalt.config import ModelConfig
+from fedalt.models import load_base
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert len(blocks) == 2
+    layer: dict = {}
+    exec(blocks[0], layer)
+    assert layer["y"].shape == (4, 512, 1024)
+    model, _ = load_base(ModelConfig())
+    names = {"model": model, "clients_models": [model, model]}
+    exec(blocks[1], names)
+    assert len(names["rows"]) == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_an_example_runs(path):
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+    assert done.stdout
