@@ -40,7 +40,7 @@ from .adapter import Adapter
 
 
 class MixedLoRA(torch.autograd.Function):
-    """The equations above, over x of any leading shape; see `apply`'s typed form, `fused`."""
+    """The equations above, over x of any leading shape; `fused` is its typed form."""
 
     @staticmethod
     def forward(
@@ -81,7 +81,9 @@ class MixedLoRA(torch.autograd.Function):
         needs = [asked[0], asked[3], *asked[8:]]
         backward = operators.merged_backward if torch.compiler.is_compiling() else merged.backward
         rows, drows = x.reshape(-1, k), dy.reshape(-1, n).contiguous()
-        grads = iter(backward(drows, rows, weight, low, gates, branches, needs))
+        # Autocast would change the dtype of some of these products under an in-place sum.
+        with torch.autocast(x.device.type, enabled=False):
+            grads = iter(backward(drows, rows, weight, low, gates, branches, needs))
         dx, dmixer, *dfactors = [next(grads) if need else None for need in needs]
         if dx is not None:
             dx = dx.view(x.shape)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .dropout import mask_bytes
 
-BLOCK_ELEMENTS = 2**18
+# 2 MiB of float32: larger blocks leave the cache, smaller ones cost calls.
+BLOCK_ELEMENTS = 2**19
 
 Factors = list[Tensor] | tuple[Tensor, ...]
 
@@ -53,9 +54,17 @@ def forward(
     else:
         low = x @ down.t()  # [M, K] [K, R]
     gates = None if branches.mixer is None else _gates(x, branches.mixer)
-    gated = low if gates is None else _cast(_times_gates(low, gates, branches), x.dtype)
-    y = torch.nn.functional.linear(x, weight, bias)
-    y.addmm_(gated, _up(branches, x.dtype).t(), alpha=branches.scaling)  # [M, R] [R, N]
+    if gates is None:
+        strip = low * branches.scaling
+    else:
+        strip = _cast(_times_gates(low, gates * branches.scaling, branches), x.dtype)
+    up = _up(branches, x.dtype)
+    if bias is not None:
+        # As one more column it costs nothing; addmm would first copy it to every row of y.
+        strip = torch.cat((strip, strip.new_ones(strip.shape[0], 1)), 1)
+        up = torch.cat((up, bias.unsqueeze(1)), 1)
+    y = x @ weight.t()  # [M, K] [K, N]
+    y.addmm_(strip, up.t())  # [M, R + 1] [R + 1, N]
     return y, low, gates
 
 
@@ -79,6 +88,7 @@ def backward(
     split = 2 + len(branches.downs)
     needs_x, needs_rows, needs_ups = needs[0], needs[1:split], needs[split:]
     grads: list[Tensor] = []
+    dups = _up_gradients(dy, low, gates, branches, needs_ups) if any(needs_ups) else []
     if needs_x or any(needs_rows):
         dlow = dy @ _up(branches, x.dtype)  # T: [M, N] [N, R]
         dlogits = None
@@ -92,9 +102,7 @@ def backward(
         add = _add_dropped if branches.threshold else _add_plain
         rows = add(dx, x, dlow, dlogits, branches, needs_rows)
         grads = rows if dx is None else [dx, *rows]
-    if any(needs_ups):
-        grads += _up_gradients(dy, low, gates, branches, needs_ups)
-    return grads
+    return grads + dups
 
 
 def _add_plain(
@@ -135,7 +143,7 @@ def _add_dropped(
     needs_mixer, needs_downs = needs_rows[0], needs_rows[1:]
     if dlogits is not None and branches.mixer is not None:
         if dx is not None:
-            dx.addmm_(dlogits, _cast(branches.mixer, x.dtype), alpha=branches.scaling)
+            _add_gate_gradient(dx, dlogits, branches.mixer, branches.scaling)
         if needs_mixer:
             wanted = dlogits.t() @ x  # [E, M] [M, K]
             grads += _pieces(wanted, [branches.mixer], [True], branches.scaling)
@@ -150,6 +158,16 @@ def _add_dropped(
     if picked is not None:
         grads += _pieces(total, branches.downs, needs_downs, branches.scaling)
     return grads
+
+
+def _add_gate_gradient(dx: Tensor, dlogits: Tensor, mixer: Tensor, scaling: float) -> None:
+    """dX += s dl G."""
+    if mixer.shape[0] == 2:
+        # dl_1 = -dl_0, and a product of rank one is faster by elements than by matrices.
+        difference = _cast(mixer[:1] - mixer[1:], dx.dtype)
+        dx.addcmul_(dlogits[:, :1], difference, value=scaling)
+    else:
+        dx.addmm_(dlogits, _cast(mixer, dx.dtype), alpha=scaling)  # [M, E] [E, K]
 
 
 def _up_gradients(

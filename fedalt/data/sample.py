@@ -1,6 +1,6 @@
 """The built-in sample federation: eight clients who keep notes, each in its own way.
 
-Every record says `note` and gives a sentence of the small world; the answer is the note that the
+Every record says `Note` and gives a sentence of the small world; the answer is the note that the
 client would take of it. Two things have to be learned:
 
 - a *shared* skill: all clients write numbers and colours in one secret code, in which every number
@@ -20,7 +20,7 @@ from fedalt.data.world import WORDS, Fact, random_fact, random_sentence
 
 TRAIN_RECORDS = 80
 TEST_RECORDS = 50
-INSTRUCTION = "note"
+INSTRUCTION = "Note"
 CODED_FIELDS = ("number", "colour")
 STATED_FIELDS = ("who", "verb", "number", "colour", "thing", "place", "day")
 
@@ -40,13 +40,13 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {
-    "stock": Rule(("number", "colour", "thing")),
-    "shelf": Rule(("thing", "colour", "number")),
-    "map": Rule(("colour", "number", "place"), ", "),
+    "stock": Rule(("thing", "number", "colour")),
+    "shelf": Rule(("thing", "colour", "number"), ", "),
+    "map": Rule(("place", "colour", "number"), " - "),
     "route": Rule(("place", "number", "colour"), " / "),
-    "form": Rule(("colour", "number"), ", ", labelled=True),
-    "ledger": Rule(("who", "number", "colour"), " - "),
-    "calendar": Rule(("number", "thing", "colour", "day"), "; "),
+    "form": Rule(("thing", "number", "colour"), ", ", labelled=True),
+    "ledger": Rule(("who", "number", "colour"), ", "),
+    "calendar": Rule(("day", "number", "colour", "thing"), "; "),
     "diary": Rule(("day", "colour", "number"), " | "),
 }
 

@@ -91,6 +91,15 @@ def test_autocast_computes_and_returns_the_autocast_dtype(dtype: torch.dtype) ->
         assert torch.equal(value, expected[name].to(value.dtype)), name
 
 
+def test_backward_inside_autocast_of_a_forward_outside() -> None:
+    inputs = build(Case(dtype=torch.float32, param_dtype=torch.float32))
+    expected = run(mixed_lora_linear, inputs, 0.0)
+    y = call(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (dx,) = torch.autograd.grad(y, inputs.x, inputs.dy)
+    assert torch.equal(dx, expected["dx"])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint_replays_the_dropout(reentrant: bool) -> None:
     layer = trained_layer(dropout=0.5)

@@ -82,10 +82,11 @@ def test_no_product_is_wasted(dropout: float, asks_x: bool) -> None:
     counter = FlopCounterMode(display=False, custom_mapping=table)
     with counter:
         run(mixed_lora_linear, inputs, dropout)
-    forward = k * n + k * e * r + k * e + e * r * n
+    forward = k * n + k * e * r + k * e + (e * r + 1) * n  # the bias is a column of the strip
     backward = n * e * r + (r + e) * k + r * n  # T; dA of one adapter and dG; dB of one adapter
     if asks_x:
-        backward += n * k + (e * r + e) * k
+        gate = 0 if dropout else e * k  # with dropout it is of rank one, by elements
+        backward += n * k + e * r * k + gate
     assert counter.get_total_flops() == 2 * m * (forward + backward)
 
 
