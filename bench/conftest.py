@@ -1,4 +1,4 @@
-"""Two threads, and one report for all the cases of a run."""
+"""Threads, and one report a table: JSON and Markdown under ``bench/results/cpu``."""
 
 import json
 from collections.abc import Iterator
@@ -12,30 +12,46 @@ import torch
 from .measure import markdown, surroundings
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
-COMMAND = "python -m pytest bench --benchmark-only"
-THREADS = 2
+COMMAND = "make bench"
+
+Rows = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def one_thread(two_threads: None) -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def layer_results() -> Iterator[list[dict[str, Any]]]:
-    """Rows of the layer's table; written as JSON and Markdown when the last case is done."""
-    rows: list[dict[str, Any]] = []
+def layer_results() -> Iterator[Rows]:
+    """Rows of the layer's table; written when its last case is done."""
+    rows: Rows = []
     yield rows
+    write_table("layer", "The layer, forward and backward, two threads", rows)
+
+
+@pytest.fixture(scope="session")
+def step_results() -> Iterator[Rows]:
+    """Rows of the training step's table; written when its last case is done."""
+    rows: Rows = []
+    yield rows
+    write_table("step", "A local training step of the built-in base, one thread", rows)
+
+
+def write_table(name: str, title: str, rows: Rows) -> None:
     if not rows:
         return
     about = {"command": COMMAND, **surroundings(), "peft": peft.__version__}
     RESULTS.mkdir(parents=True, exist_ok=True)
     record = {"about": about, "rows": rows}
-    (RESULTS / "layer.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     described = "".join(f"- {key}: {value}\n" for key, value in about.items())
     table = markdown(rows[0], [row.values() for row in rows])
-    text = f"# The layer, forward and backward\n\n{described}\n{table}"
-    (RESULTS / "layer.md").write_text(text, encoding="utf-8")
+    text = f"# {title}\n\n{described}\n{table}"
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")

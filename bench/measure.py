@@ -85,7 +85,6 @@ def surroundings() -> dict[str, str]:
     """What a figure depends on beside the code."""
     return {
         "processor": processor(),
-        "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

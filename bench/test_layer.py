@@ -5,7 +5,7 @@ against float64, then all are timed forward and backward in interleaved rounds, 
 are ratios and the machine is noisy.  pytest-benchmark runs and times the rounds; the peers' own
 times are in its ``extra_info`` and under ``bench/results/cpu``.
 
-    python -m pytest bench --benchmark-only
+    python -m pytest bench/test_layer.py
 """
 
 from typing import Any

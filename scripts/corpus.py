@@ -18,7 +18,6 @@ from fedalt.data.world import (
     FIELD_OF,
     ORDERS,
     WORDS,
-    Fact,
     random_fact,
     random_sentence,
     sentence,
@@ -129,28 +128,16 @@ def ask(rng: random.Random) -> Record:
     return Record(instruction, fact[field], random_sentence(fact, rng))
 
 
-def _random_list(fact: Fact, rng: random.Random) -> tuple[str, str]:
-    """Some fields of `fact` in a random order and form: the instruction for it, and the list."""
+def listing(rng: random.Random) -> Record:
+    """Several fields of a sentence in the order asked, plain or labelled."""
+    fact = random_fact(rng, keep=0.7)
     fields = rng.sample(list(fact), rng.randint(2, min(5, len(fact))))
     separator = rng.choice(SEPARATORS)
     labelled = rng.random() < 0.3
     parts = [f"{field}: {fact[field]}" if labelled else fact[field] for field in fields]
     how = f" with {separator.strip()}" if separator.strip() else ""
     instruction = f"{'Label' if labelled else 'List'} {', '.join(fields)}{how}"
-    return instruction, separator.join(parts)
-
-
-def listing(rng: random.Random) -> Record:
-    """Several fields of a sentence in the order asked, plain or labelled."""
-    fact = random_fact(rng, keep=0.7)
-    instruction, answer = _random_list(fact, rng)
-    return Record(instruction, answer, random_sentence(fact, rng))
-
-
-def note(rng: random.Random) -> Record:
-    """Some fields of a sentence. Which, and in what form, is not said and cannot be known."""
-    fact = random_fact(rng, keep=0.7)
-    return Record("Note", _random_list(fact, rng)[1], random_sentence(fact, rng))
+    return Record(instruction, separator.join(parts), random_sentence(fact, rng))
 
 
 def say(rng: random.Random) -> Record:
@@ -268,8 +255,7 @@ FAMILIES: dict[str, Family] = {
     "tag": (0.04, tag),
     "dictionary": (0.12, dictionary),
     "ask": (0.08, ask),
-    "listing": (0.16, listing),
-    "note": (0.04, note),
+    "listing": (0.20, listing),
     "say": (0.07, say),
     "pick": (0.06, pick),
     "sort question": (0.02, sort_question),

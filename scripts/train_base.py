@@ -263,8 +263,8 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--rows", type=int, default=24, help=f"rows of {ROW_LENGTH} tokens a step")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--rows", type=int, default=16, help=f"rows of {ROW_LENGTH} tokens a step")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=1024)

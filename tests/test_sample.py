@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fedalt
 from fedalt.config import DataConfig
 from fedalt.data.clients import Record
-from fedalt.data.sample import RULES, TEST_RECORDS, TRAIN_RECORDS, sample_clients, secret_code
+from fedalt.data.sample import (
+    CODED,
+    RULES,
+    TEST_RECORDS,
+    TRAIN_RECORDS,
+    sample_clients,
+    secret_code,
+)
 from fedalt.data.tokens import render_prompt
 from fedalt.data.world import FIELDS, WORDS, random_fact, sentence
 
@@ -71,11 +78,10 @@ def test_every_rule_notes_a_coded_field() -> None:
 
 def test_the_code_maps_each_word_to_another_of_its_field() -> None:
     code = secret_code(random.Random(0))
-    for field in ("number", "colour"):
-        coded = [code[word] for word in WORDS[field]]
-        assert sorted(coded) == sorted(WORDS[field])
-        assert all(word != other for word, other in zip(WORDS[field], coded, strict=True))
-    assert len(code) == len(WORDS["number"]) + len(WORDS["colour"])
+    for words in CODED.values():
+        assert sorted(code[word] for word in words) == sorted(words)
+        assert all(code[word] != word for word in words)
+    assert len(code) == sum(map(len, CODED.values()))
 
 
 def test_a_sentence_states_all_its_fields() -> None:

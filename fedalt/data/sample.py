@@ -3,8 +3,8 @@
 Every record says `Note` and gives a sentence of the small world; the answer is the note that the
 client would take of it. Two things have to be learned:
 
-- a *shared* skill: all clients write numbers and colours in one secret code, in which every number
-  stands for another number and every colour for another colour;
+- a *shared* skill: all clients write six numbers and six colours in one secret code, in which every
+  number stands for another number and every colour for another colour;
 - a *personal* rule: which fields of the sentence the client notes down, in which order and with
   which separator.
 
@@ -21,7 +21,7 @@ from fedalt.data.world import WORDS, Fact, random_fact, random_sentence
 TRAIN_RECORDS = 80
 TEST_RECORDS = 50
 INSTRUCTION = "Note"
-CODED_FIELDS = ("number", "colour")
+CODED = {"number": WORDS["number"][:6], "colour": WORDS["colour"][:6]}
 STATED_FIELDS = ("who", "verb", "number", "colour", "thing", "place", "day")
 
 
@@ -52,10 +52,9 @@ RULES: dict[str, Rule] = {
 
 
 def secret_code(rng: random.Random) -> dict[str, str]:
-    """For every word of a coded field, another word of the same field."""
+    """For every number and colour of the sample, another number or colour."""
     code: dict[str, str] = {}
-    for field in CODED_FIELDS:
-        words = list(WORDS[field])
+    for words in CODED.values():
         shuffled = list(words)
         while any(word == other for word, other in zip(words, shuffled, strict=True)):
             rng.shuffle(shuffled)
@@ -85,6 +84,7 @@ def _client(
     records: dict[str, dict[str, str]] = {}
     while len(records) < TRAIN_RECORDS + TEST_RECORDS:
         fact = random_fact(rng, keep=0.3, always=STATED_FIELDS)
+        fact.update({field: rng.choice(words) for field, words in CODED.items()})
         text = random_sentence(fact, rng)
         note = rule.note({field: code.get(word, word) for field, word in fact.items()})
         records[text] = {
