@@ -101,8 +101,8 @@ def inject(
 
 
 def adapter_state(model: nn.Module) -> State:
-    """All that makes a client: a copy of every adapter and mixer tensor by name."""
-    return {name: tensor.detach().clone() for name, tensor in _adapter_tensors(model)}
+    """All that makes a client: a copy, in host memory, of every adapter and mixer tensor."""
+    return {name: t.detach().to("cpu", copy=True) for name, t in _adapter_tensors(model)}
 
 
 def individual_state(model: nn.Module) -> State:

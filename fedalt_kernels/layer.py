@@ -129,14 +129,17 @@ class MixedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Kaiming uniform (a = √5) for ``individual.a`` and the mixer, zero for everything else."""
-        nn.init.kaiming_uniform_(self.individual.a, a=math.sqrt(5), generator=generator)
+        """Kaiming uniform (a = √5) for ``individual.a`` and the mixer, zero for everything else.
+
+        Values are drawn on the generator's device, so one seed gives one start on every device.
+        """
+        _kaiming_uniform(self.individual.a, generator)
         nn.init.zeros_(self.individual.b)
         if self.rest_of_world is not None:
             nn.init.zeros_(self.rest_of_world.a)
             nn.init.zeros_(self.rest_of_world.b)
         if self.mixer is not None:
-            nn.init.kaiming_uniform_(self.mixer, a=math.sqrt(5), generator=generator)
+            _kaiming_uniform(self.mixer, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
@@ -156,6 +159,11 @@ class MixedLoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, impl={self.impl!r}"
+
+
+def _kaiming_uniform(tensor: Tensor, generator: torch.Generator | None) -> None:
+    drawn = torch.empty_like(tensor, device=generator.device if generator else tensor.device)
+    tensor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
 
 
 def _are_weights(mixer: object) -> bool:

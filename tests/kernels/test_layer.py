@@ -149,3 +149,9 @@ def test_packed_weight_is_refused() -> None:
     base.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match=r"base\.weight must be floating point, got torch\.uint8"):
         MixedLoRALinear(base)
+
+
+def test_a_generator_of_another_device_than_the_base_is_no_error() -> None:
+    layer = MixedLoRALinear(nn.Linear(6, 5, device="meta"))
+    layer.reset_parameters(torch.Generator().manual_seed(3))
+    assert layer.individual.a.is_meta
