@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -153,7 +152,7 @@ def _run_all(todo: Sequence[Job], jobs: int, root: Path) -> None:
                 print(f"{job.label}: done in {took:.0f} s", file=sys.stderr, flush=True)
     finally:
         for process in running:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         for process in running:
             process.wait()
 

@@ -161,7 +161,14 @@ def test_without_out_runs_are_numbered(config_file, tmp_path, monkeypatch, capsy
 
 def test_an_interrupt_exits_130_with_the_line_that_resumes(config_file, tiny_config):
     command = [sys.executable, "-m", "fedalt", "run", str(config_file), "-c", "rounds=500"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a background shell has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 60
     while not Path(tiny_config.out, "latest").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
