@@ -183,9 +183,10 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bits(tiny_config, tmp_path):
     path.write_text(config.to_yaml())
     command = [sys.executable, "-m", "fedalt", "run", str(path), "--resume"]
     out, kills = Path(config.out), 0
-    for goal in ("config.yaml", "metrics.jsonl", "round-0000", "round-0001", "round-0002"):
+    rounds = [f"checkpoints/round-000{number}" for number in range(3)]
+    for goal in ("config.yaml", "metrics.jsonl", *rounds):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(out.rglob(goal)):
+        while process.poll() is None and not (out / goal).exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
