@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import merged
 from .merged import Branches
@@ -13,11 +13,11 @@ _BRANCHES = (
     "Tensor[] downs, Tensor[] ups, Tensor? mixer, float[]? weights, float scaling, int threshold, "
     "Tensor? seed"
 )
-torch.library.define(
+library.define(
     "fedalt_kernels::merged_forward",
     f"(Tensor x, Tensor weight, Tensor? bias, {_BRANCHES}) -> (Tensor y, Tensor low, Tensor gates)",
 )
-torch.library.define(
+library.define(
     "fedalt_kernels::merged_backward",
     f"(Tensor dy, Tensor x, Tensor weight, Tensor low, Tensor gates, {_BRANCHES}, bool[] needs)"
     " -> Tensor[]",
@@ -46,7 +46,7 @@ def merged_backward(
     return torch.ops.fedalt_kernels.merged_backward(dy, x, weight, low, held, *branches, needs)
 
 
-@torch.library.impl("fedalt_kernels::merged_forward", "CompositeExplicitAutograd")
+@library.impl("fedalt_kernels::merged_forward", "CompositeExplicitAutograd")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def _forward(
     return y, low, x.new_empty(0) if gates is None else gates
 
 
-@torch.library.impl("fedalt_kernels::merged_backward", "CompositeExplicitAutograd")
+@library.impl("fedalt_kernels::merged_backward", "CompositeExplicitAutograd")
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
@@ -69,7 +69,7 @@ def _backward(
     ]
 
 
-@torch.library.register_fake("fedalt_kernels::merged_forward")
+@library.register_fake("fedalt_kernels::merged_forward")
 def _fake_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +83,7 @@ def _fake_forward(
     return y, low, x.new_empty(x.shape[0], len(mixed.downs), dtype=wide)
 
 
-@torch.library.register_fake("fedalt_kernels::merged_backward")
+@library.register_fake("fedalt_kernels::merged_backward")
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fedalt_kernels import MixedLoRALinear
@@ -41,14 +42,14 @@ def test_opcheck(case: Case, dropout: bool) -> None:
     x, dy = inputs.x.detach(), inputs.dy
     operators = torch.ops.fedalt_kernels
     forward = (x, inputs.weight, inputs.bias, *shared)
-    torch.library.opcheck(operators.merged_forward.default, forward)
+    library.opcheck(operators.merged_forward.default, forward)
     _, low, gates = operators.merged_forward(*forward)
     learned = isinstance(inputs.mixer, torch.Tensor)
     count = len(case.ranks)
     for needs_x in (True, False):
         needs = [needs_x, learned] + [True] * count + [False] + [True] * (count - 1)
         backward = (dy, x, inputs.weight, low, gates, *shared, needs)
-        torch.library.opcheck(operators.merged_backward.default, backward)
+        library.opcheck(operators.merged_backward.default, backward)
 
 
 def step(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
