@@ -40,7 +40,7 @@ def main() -> int:
     moments = random.Random(options.seed)
     kills = 0
     while kills < options.kills:
-        wait = moments.uniform(0, 2 * whole / options.kills)
+        wait = moments.uniform(0, whole)
         process = subprocess.Popen(
             [*command, "--out", killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

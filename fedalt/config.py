@@ -135,8 +135,7 @@ class Config:
     out: str = ""
     """The run directory; empty: ``runs/<data>-<method>``, numbered when that is taken."""
     threads: int | None = None
-    """CPU threads of PyTorch; null: PyTorch's own choice, but one for the built-in base, whose
-    products are so small that a second gains little and on a busy machine loses much."""
+    """CPU threads of PyTorch; null: PyTorch's own choice. On a busy machine 1 is often faster."""
     save_total_limit: int = 2
     """Checkpoints kept; the oldest go first."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedalt import models, report
 from fedalt.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomic
 from fedalt.client import count_steps, derive_seed, train_client
-from fedalt.config import BUILTIN_BASE, Config
+from fedalt.config import Config
 from fedalt.data import Client, load_clients
 from fedalt.data.tokens import Example, encode
 from fedalt.errors import InputError
@@ -73,9 +73,8 @@ class Federation:
             InputError: bad data, model, target or run directory. Nothing has been written then.
         """
         config, method = self.config, self.method
-        threads = config.threads or (1 if config.model.path == BUILTIN_BASE else None)
-        if threads:
-            torch.set_num_threads(threads)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         out = claim_run_dir(config, resume)
         clients = load_clients(config.data, config.seed)
         if method.sends and len(clients) < 2:
