@@ -93,10 +93,11 @@ def build(case: Case, seed: int = 0) -> Inputs:
     )
 
 
-def run(function: Callable[..., Tensor], inputs: Inputs, dropout: float) -> dict[str, Tensor]:
-    """The output and every gradient, by name."""
-    named = {name: each for name, each in inputs.tensors().items() if each.requires_grad}
-    y = function(
+def apply(
+    function: Callable[..., Tensor], inputs: Inputs, dropout: float, seed: int | None = SEED
+) -> Tensor:
+    """The output."""
+    return function(
         inputs.x,
         inputs.weight,
         inputs.bias,
@@ -104,7 +105,13 @@ def run(function: Callable[..., Tensor], inputs: Inputs, dropout: float) -> dict
         inputs.mixer,
         scaling=SCALING,
         dropout_p=dropout,
-        seed=SEED,
+        seed=seed,
     )
+
+
+def run(function: Callable[..., Tensor], inputs: Inputs, dropout: float) -> dict[str, Tensor]:
+    """The output and every gradient, by name."""
+    named = {name: each for name, each in inputs.tensors().items() if each.requires_grad}
+    y = apply(function, inputs, dropout)
     grads = torch.autograd.grad(y, list(named.values()), inputs.dy)
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(named, grads, strict=True)}

@@ -5,7 +5,7 @@ import torch
 
 from fedalt_kernels import mixed_lora_linear
 
-from .cases import SCALING, Case, build
+from .cases import Case, apply, build
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -29,15 +29,7 @@ def test_saved_bytes_are_as_documented(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = mixed_lora_linear(
-            inputs.x,
-            inputs.weight,
-            inputs.bias,
-            inputs.adapters,
-            inputs.mixer,
-            scaling=SCALING,
-            dropout_p=dropout,
-        )
+        y = apply(mixed_lora_linear, inputs, dropout, seed=None)
     gates = 4 * len(ranks) if gate == "softmax" else 0
     seed = 8 if dropout else 0
     assert sum(saved.values()) == case.m * (dtype.itemsize * sum(ranks) + gates) + seed
