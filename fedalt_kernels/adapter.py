@@ -1,8 +1,11 @@
-"""The pair of factors every other module passes around."""
+"""The pair of factors every other module passes around, and what stands beside the base product."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+Factors = list[Tensor] | tuple[Tensor, ...]
 
 
 class Adapter(NamedTuple):
@@ -10,3 +13,16 @@ class Adapter(NamedTuple):
 
     a: Tensor  # [r, K], down-projection
     b: Tensor  # [N, r], up-projection
+
+
+class Branches(NamedTuple):
+    """Everything beside the base product; tensors keep the dtype of their parameters."""
+
+    downs: Factors  # E of [r_e, K]
+    ups: Factors  # E of [N, r_e]
+    mixer: Tensor | None  # [E, K]; None: `weights` gate
+    weights: Sequence[float] | None  # E fixed gates; None: all 1
+    scaling: float  # alpha / r, times the dropout's keep scale
+    threshold: int  # bytes below it are dropped; 0: no dropout
+    seed: Tensor | None  # int64 [], None without dropout
+    schedule: str | None = None  # of the Triton implementation; None: it chooses

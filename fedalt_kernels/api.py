@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .autograd import fused
+from .autograd import mixed_lora
 from .checks import check_arguments, check_tensors
+from .choice import implementation
 from .dropout import drop_threshold, keep_scale
 from .reference import reference
 
@@ -23,6 +24,7 @@ def mixed_lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     impl: str = "auto",
+    schedule: str | None = None,
 ) -> Tensor:
     """A frozen linear layer plus gated low-rank adapters, differentiable.
 
@@ -47,7 +49,10 @@ def mixed_lora_linear(
         seed: of the dropout mask, which is a function of it and the element's row and column: an
             int in [0, 2**63) or an int64 tensor of shape [].  None draws one from torch's default
             generator of x's device.  Ignored without dropout.
-        impl: "auto" (here: "torch"), "torch", "triton", or "reference" (slow and simple).
+        impl: "triton" (fused kernels), "torch" (merged matrix products), "reference" (slow and
+            simple), or "auto": "triton" on a GPU that runs it, else "torch".
+        schedule: with impl="triton", "decode", "recompute", "overlapped", "split" or "expand", see
+            `fedalt_kernels.fused`; None chooses by shape and device.
 
     Returns:
         [..., N] in x's dtype.  Gradients reach x, and every adapter and mixer that asks for one, in
@@ -56,25 +61,26 @@ def mixed_lora_linear(
     Raises:
         TypeError: an argument is of another kind.
         ValueError: a shape, dtype, device or value does not fit, or the base asks for a gradient.
-        RuntimeError: ``impl`` cannot run here.
+        RuntimeError: ``impl`` cannot run here, or ``schedule`` cannot serve these arguments.
     """
     check_tensors(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    check_arguments(x, weight, bias, adapters, mixer, scaling, dropout_p, seed, impl)
+    check_arguments(x, weight, bias, adapters, mixer, scaling, dropout_p, seed, impl, schedule)
     threshold = drop_threshold(dropout_p)
     if not threshold:
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
     elif isinstance(seed, int):
-        seed = torch.tensor(seed)
+        seed = torch.full((), seed, dtype=torch.int64, device=x.device)
+    impl = implementation(impl, x, weight)
     if impl == "reference":
         return reference(
             x, weight, bias, adapters, mixer, scaling=scaling, dropout_p=dropout_p, seed=seed
         )
     if threshold:
         scaling *= keep_scale(threshold)
-    return fused(x, weight, bias, adapters, mixer, scaling, threshold, seed)
+    return mixed_lora(x, weight, bias, adapters, mixer, scaling, threshold, seed, impl, schedule)

@@ -36,11 +36,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import merged, operators
-from .adapter import Adapter
+from .adapter import Adapter, Branches, Factors
 
 
 class MixedLoRA(torch.autograd.Function):
-    """The equations above, over x of any leading shape; `fused` is its typed form."""
+    """The equations above, over x of any leading shape; `mixed_lora` is its typed form."""
 
     @staticmethod
     def forward(
@@ -50,36 +50,26 @@ class MixedLoRA(torch.autograd.Function):
         bias: Tensor | None,
         mixer: Tensor | None,
         seed: Tensor | None,
-        weights: tuple[float, ...] | None,
-        scaling: float,
-        threshold: int,
+        constants: tuple[Any, ...],
         *factors: Tensor,
     ) -> Tensor:
-        count = len(factors) // 2
-        branches = merged.Branches(
-            factors[:count], factors[count:], mixer, weights, scaling, threshold, seed
-        )
         n, k = weight.shape
-        rows = x.reshape(-1, k)
-        forward = operators.merged_forward if torch.compiler.is_compiling() else merged.forward
-        y, low, gates = forward(rows, weight, bias, branches)
+        impl, *_ = ctx.constants = constants
+        branches = _branches(mixer, seed, constants, factors)
+        forward, _ = _implementation(impl)
+        y, low, gates = forward(x.reshape(-1, k), weight, bias, branches)
         ctx.save_for_backward(x, weight, low, gates, mixer, seed, *factors)
-        ctx.constants = weights, scaling, threshold
         return y.view(*x.shape[:-1], n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, gates, mixer, seed, *factors = ctx.saved_tensors
-        count = len(factors) // 2
-        weights, scaling, threshold = ctx.constants
-        branches = merged.Branches(
-            factors[:count], factors[count:], mixer, weights, scaling, threshold, seed
-        )
+        branches = _branches(mixer, seed, ctx.constants, factors)
         n, k = weight.shape
         asked = ctx.needs_input_grad
-        needs = [asked[0], asked[3], *asked[8:]]
-        backward = operators.merged_backward if torch.compiler.is_compiling() else merged.backward
+        needs = [asked[0], asked[3], *asked[6:]]
+        _, backward = _implementation(ctx.constants[0])
         rows, drows = x.reshape(-1, k), dy.reshape(-1, n).contiguous()
         # Autocast would change the dtype of some of these products under an in-place sum.
         with torch.autocast(x.device.type, enabled=False):
@@ -87,10 +77,30 @@ class MixedLoRA(torch.autograd.Function):
         dx, dmixer, *dfactors = [next(grads) if need else None for need in needs]
         if dx is not None:
             dx = dx.view(x.shape)
-        return dx, None, None, dmixer, None, None, None, None, *dfactors
+        return dx, None, None, dmixer, None, None, *dfactors
 
 
-def fused(
+def _branches(
+    mixer: Tensor | None, seed: Tensor | None, constants: tuple[Any, ...], factors: Factors
+) -> Branches:
+    _, weights, scaling, threshold, schedule = constants
+    count = len(factors) // 2
+    downs, ups = factors[:count], factors[count:]
+    return Branches(downs, ups, mixer, weights, scaling, threshold, seed, schedule)
+
+
+def _implementation(impl: str) -> tuple[Any, Any]:
+    """Forward and backward of "torch" or "triton", as operators where torch.compile is tracing."""
+    if torch.compiler.is_compiling():
+        return operators.OPERATORS[impl]
+    if impl == "torch":
+        return merged.forward, merged.backward
+    from . import fused  # only here, since it needs Triton
+
+    return fused.forward, fused.backward
+
+
+def mixed_lora(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -99,6 +109,8 @@ def fused(
     scaling: float,
     threshold: int,
     seed: Tensor | None,
+    impl: str,
+    schedule: str | None,
 ) -> Tensor:
     """Arguments as in `fedalt_kernels.mixed_lora_linear`, already checked.
 
@@ -106,6 +118,7 @@ def fused(
         scaling: s above, the keep scale included.
         threshold: see `dropout.drop_threshold`; 0 for no dropout.
         seed: int64 [], or None without dropout.
+        impl: "torch" or "triton".
     """
     learned = isinstance(mixer, Tensor)
     return MixedLoRA.apply(
@@ -114,9 +127,7 @@ def fused(
         bias,
         mixer if learned else None,
         seed,
-        None if learned else mixer,
-        scaling,
-        threshold,
+        (impl, None if learned else mixer, scaling, threshold, schedule),
         *[a for a, _ in adapters],
         *[b for _, b in adapters],
     )

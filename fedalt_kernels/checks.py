@@ -15,6 +15,7 @@ from .dropout import SEED_LIMIT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
+SCHEDULES = ("decode", "recompute", "overlapped", "split", "expand")
 MOST_ADAPTERS = 8
 
 
@@ -35,6 +36,7 @@ def check_arguments(
     dropout_p: float,
     seed: Tensor | int | None,
     impl: str,
+    schedule: str | None,
 ) -> None:
     """Raises TypeError, ValueError or RuntimeError where an argument does not fit."""
     dtype, device = x.dtype, x.device
@@ -84,10 +86,10 @@ def check_arguments(
         _check_seed(seed)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "triton":
-        raise RuntimeError(
-            "impl='triton' cannot run: the Triton kernels are not in this version; "
-            "use impl='torch' or 'auto'"
+    if schedule is not None and (impl != "triton" or schedule not in SCHEDULES):
+        raise ValueError(
+            f"schedule must be one of {', '.join(SCHEDULES)}, and comes with impl='triton', "
+            f"got {schedule!r} with {impl!r}"
         )
 
 

@@ -10,29 +10,15 @@ of rows small enough to stay in cache, so no [M, K] mask or dropped copy of x ev
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .adapter import Branches, Factors
 from .dropout import mask_bytes
 
 # 2 MiB of float32: larger blocks leave the cache, smaller ones cost calls.
 BLOCK_ELEMENTS = 2**19
-
-Factors = list[Tensor] | tuple[Tensor, ...]
-
-
-class Branches(NamedTuple):
-    """Everything beside the base product; tensors keep the dtype of their parameters."""
-
-    downs: Factors  # E of [r_e, K]
-    ups: Factors  # E of [N, r_e]
-    mixer: Tensor | None  # [E, K]; None: `weights` gate
-    weights: Sequence[float] | None  # E fixed gates; None: all 1
-    scaling: float  # alpha / r, times the dropout's keep scale
-    threshold: int  # bytes below it are dropped; 0: no dropout
-    seed: Tensor | None  # int64 [], None without dropout
 
 
 def forward(

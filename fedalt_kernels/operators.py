@@ -1,67 +1,51 @@
-"""`merged.py` as registered operators, which torch.compile calls without looking inside."""
+"""Both implementations as operators, which torch.compile calls without looking inside."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from . import merged
-from .merged import Branches
+from .adapter import Branches
 
 _BRANCHES = (
     "Tensor[] downs, Tensor[] ups, Tensor? mixer, float[]? weights, float scaling, int threshold, "
-    "Tensor? seed"
+    "Tensor? seed, str? schedule"
 )
-library.define(
-    "fedalt_kernels::merged_forward",
-    f"(Tensor x, Tensor weight, Tensor? bias, {_BRANCHES}) -> (Tensor y, Tensor low, Tensor gates)",
+_FORWARD = (
+    f"(Tensor x, Tensor weight, Tensor? bias, {_BRANCHES}) -> (Tensor y, Tensor low, Tensor gates)"
 )
-library.define(
-    "fedalt_kernels::merged_backward",
+_BACKWARD = (
     f"(Tensor dy, Tensor x, Tensor weight, Tensor low, Tensor gates, {_BRANCHES}, bool[] needs)"
-    " -> Tensor[]",
+    " -> Tensor[]"
 )
+_NAMES = {"torch": "merged", "triton": "fused"}
 
 
-def merged_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Branches
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`merged.forward`, as one operator."""
-    y, low, gates = torch.ops.fedalt_kernels.merged_forward(x, weight, bias, *branches)
-    return y, low, gates if branches.mixer is not None else None
+def _module(impl: str) -> Any:
+    if impl == "torch":
+        return merged
+    from . import fused  # only here, since it needs Triton
+
+    return fused
 
 
-def merged_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    low: Tensor,
-    gates: Tensor | None,
-    branches: Branches,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """`merged.backward`, as one operator."""
-    held = low.new_empty(0) if gates is None else gates
-    return torch.ops.fedalt_kernels.merged_backward(dy, x, weight, low, held, *branches, needs)
-
-
-@library.impl("fedalt_kernels::merged_forward", "CompositeExplicitAutograd")
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
+def _run_forward(
+    impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, low, gates = merged.forward(x, weight, bias, Branches(*branches))
+    y, low, gates = _module(impl).forward(x, weight, bias, Branches(*branches))
     return y, low, x.new_empty(0) if gates is None else gates
 
 
-@library.impl("fedalt_kernels::merged_backward", "CompositeExplicitAutograd")
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
+def _run_backward(
+    impl: str, dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
     *branches, needs = rest
     mixed = Branches(*branches)
     held = None if mixed.mixer is None else gates
-    grads = merged.backward(dy, x, weight, low, held, mixed, needs)
+    grads = _module(impl).backward(dy, x, weight, low, held, mixed, needs)
     # An operator's outputs must not share storage; gradients cut from one product do.
     return [
         grad if i == 0 and needs[0] else grad.clone(memory_format=torch.contiguous_format)
@@ -69,7 +53,6 @@ def _backward(
     ]
 
 
-@library.register_fake("fedalt_kernels::merged_forward")
 def _fake_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +66,6 @@ def _fake_forward(
     return y, low, x.new_empty(x.shape[0], len(mixed.downs), dtype=wide)
 
 
-@library.register_fake("fedalt_kernels::merged_backward")
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
@@ -95,3 +77,42 @@ def _fake_backward(
         for source, need in zip(inputs, needs, strict=True)
         if need
     ]
+
+
+def _forward(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Branches
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    operator = getattr(torch.ops.fedalt_kernels, f"{name}_forward")
+    y, low, gates = operator(x, weight, bias, *branches)
+    return y, low, gates if branches.mixer is not None else None
+
+
+def _backward(
+    name: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    gates: Tensor | None,
+    branches: Branches,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    operator = getattr(torch.ops.fedalt_kernels, f"{name}_backward")
+    held = low.new_empty(0) if gates is None else gates
+    return operator(dy, x, weight, low, held, *branches, needs)
+
+
+def _register(impl: str, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    for half, schema, run, fake in (
+        ("forward", _FORWARD, _run_forward, _fake_forward),
+        ("backward", _BACKWARD, _run_backward, _fake_backward),
+    ):
+        operator = f"fedalt_kernels::{name}_{half}"
+        library.define(operator, schema)
+        library.impl(operator, "CompositeExplicitAutograd", partial(run, impl))
+        library.register_fake(operator, fake)
+    return partial(_forward, name), partial(_backward, name)
+
+
+OPERATORS = {impl: _register(impl, name) for impl, name in _NAMES.items()}
+"""Forward and backward of each implementation, with the signatures of `merged`."""

@@ -11,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # where there is no GPU, kernels run in the interpreter
+
 from fedalt.config import Config, config_from_dict
 
 

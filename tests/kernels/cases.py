@@ -26,6 +26,7 @@ class Case:
     bias: bool = True
     dtype: torch.dtype = torch.float64
     param_dtype: torch.dtype = torch.float64
+    transposed: bool = False  # the weight is stored as [K, N]
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ class Inputs:
         )
 
 
-def build(case: Case, seed: int = 0) -> Inputs:
+def build(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
     """Random inputs whose adapters and gates matter as much as the base product does."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, over: int = 1, base: bool = False, grad: bool = False) -> Tensor:
         values = torch.randn(*shape, generator=generator, dtype=torch.float64) / over**0.5
-        return values.to(case.dtype if base else case.param_dtype).requires_grad_(grad)
+        dtype = case.dtype if base else case.param_dtype
+        return values.to(device, dtype).requires_grad_(grad)
 
     count = len(case.ranks)
     mixers = {
@@ -79,7 +81,7 @@ def build(case: Case, seed: int = 0) -> Inputs:
     }
     return Inputs(
         x=normal(case.m, case.k, base=True, grad=True),
-        weight=normal(case.n, case.k, over=case.k, base=True),
+        weight=_stored(normal(case.n, case.k, over=case.k, base=True), case.transposed),
         bias=normal(case.n, base=True) if case.bias else None,
         adapters=tuple(
             Adapter(
@@ -91,6 +93,10 @@ def build(case: Case, seed: int = 0) -> Inputs:
         mixer=mixers[case.gate],
         dy=normal(case.m, case.n, base=True),
     )
+
+
+def _stored(weight: Tensor, transposed: bool) -> Tensor:
+    return weight.t().contiguous().t() if transposed else weight
 
 
 def apply(

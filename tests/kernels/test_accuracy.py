@@ -1,6 +1,6 @@
 """Outputs and gradients against the float64 specification, within eager PyTorch's own error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from fedalt_kernels import merged, mixed_lora_linear
-from fedalt_kernels.reference import reference
 
-from .budget import assert_within_budget
-from .cases import Case, build, run
+from .cases import Case
+from .parity import check
 
-POOLED_ROWS = 64
 SHAPES = [(1, 33, 17), (7, 128, 96), (65, 33, 130), (65, 128, 17)]
 GATES = [
     Case(frozen=(1,)),
@@ -29,25 +27,7 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Uninitialized memory is NaN, so a result that reads it cannot pass."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def check(case: Case, function: Callable[..., Tensor] = mixed_lora_linear) -> None:
-    """Pools draws: of a few rows, eager's error is luck, being a handful of roundings."""
-    draws = [build(case, seed) for seed in range(max(8, POOLED_ROWS // case.m))]
-    truth = pool([run(reference, inputs.in_float64(), case.dropout) for inputs in draws])
-    eager = pool([run(reference, inputs, case.dropout) for inputs in draws])
-    got = pool([run(function, inputs, case.dropout) for inputs in draws])
-    assert_within_budget(got, eager, truth, length=max(case.m, case.n, case.k))
-
-
-def pool(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([each[name] for each in results]) for name in results[0]}
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

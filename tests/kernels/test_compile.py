@@ -23,6 +23,7 @@ def branches(case: Case, dropout: bool) -> tuple[object, ...]:
         SCALING,
         77 if dropout else 0,
         torch.tensor(SEED) if dropout else None,
+        None,
     )
 
 

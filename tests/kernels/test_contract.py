@@ -214,8 +214,3 @@ def test_value_refused(changes: dict[str, Any], message: str) -> None:
 def test_type_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=re.escape(message)):
         call(GOOD, **changes)
-
-
-def test_triton_is_refused_with_its_cure() -> None:
-    with pytest.raises(RuntimeError, match=re.escape("use impl='torch' or 'auto'")):
-        call(GOOD, impl="triton")

@@ -1,0 +1,288 @@
+"""Every kernel that ships, compiled ahead of time for every target: no GPU is needed.
+
+The launchers themselves say what to compile: they are run on small CPU tensors while their launches
+are recorded, not made.  Each launch (kernel, tile, dtype, flags) is then compiled for its target,
+and what the assembler reports is held to the target's limits.
+
+    python -m bench compile
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fedalt_kernels import fused
+from fedalt_kernels.adapter import Branches
+from fedalt_kernels.checks import SCHEDULES
+from fedalt_kernels.triton import tiles
+
+from .measure import markdown
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to compile for, and the shared memory one program may have there."""
+
+    gpu: GPUTarget
+    most_shared: int
+    matrix: str  # the instruction a product of 16-bit blocks must have become
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, "HGMMA"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, "UTC.?MMA|HMMA"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, "v_mfma"),
+}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+POINTED = {**DTYPES, torch.int64: "i64", torch.int32: "i32"}
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+M, N, K = 256, 512, 512
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch, as the compiler takes it."""
+
+    kernel: JITFunction
+    label: str
+    signature: dict[str, Any]
+    constants: dict[Any, Any]
+    divisible: tuple[Any, ...]
+    warps: int
+    key: str = field(compare=False, default="")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of a launch on one target."""
+
+    target: str
+    kernel: str
+    label: str
+    registers: int
+    shared: int
+    spilled: int
+    products: int
+    fault: str
+
+    def row(self) -> tuple[object, ...]:
+        return (
+            self.target,
+            self.kernel,
+            self.label,
+            self.registers,
+            self.shared,
+            self.spilled,
+            self.products,
+            self.fault or "ok",
+        )
+
+
+HEADER = (
+    "target",
+    "kernel",
+    "tile",
+    "registers",
+    "shared bytes",
+    "spilled",
+    "matrix instructions",
+    "verdict",
+)
+
+
+def launches(target: str, dtype: torch.dtype) -> list[Launch]:
+    """Every launch that the shipped tiles and flags lead to on a target, each once."""
+    found: dict[str, Launch] = {}
+    with _recording(target, found):
+        for sizes, threshold, aligned in ((8, 8), 0, True), ((8, 8), 13, True), ((64, 64), 0, True):
+            _run_schedules(dtype, sizes, threshold, aligned)
+        _run_schedules(dtype, (5, 3, 9), 0, False)
+    return list(found.values())
+
+
+def _run_schedules(
+    dtype: torch.dtype, sizes: tuple[int, ...], threshold: int, aligned: bool
+) -> None:
+    """Runs every schedule on tensors whose values do not matter."""
+    n, k = (N, K) if aligned else (N + 1, K + 1)
+    x, weight, dy = (torch.zeros(*shape, dtype=dtype) for shape in ((M, k), (n, k), (M, n)))
+    downs = [torch.zeros(size, k) for size in sizes]
+    ups = [torch.zeros(n, size) for size in sizes]
+    mixer = torch.zeros(len(sizes), k)
+    seed = torch.tensor(1) if threshold else None
+    branches = Branches(downs, ups, mixer, None, 2.0, threshold, seed)
+    ranks = tiles.side_by_side(sizes, dtype)
+    for schedule in SCHEDULES:
+        rows = x[:16] if schedule == "decode" else x
+        if tiles.unserved(schedule, rows, ranks, threshold > 0) is None:
+            forced = branches._replace(schedule=schedule)
+            fused.forward(rows, weight, torch.zeros(n, dtype=dtype), forced)
+    low, gates = x.new_zeros(M, sum(sizes)), x.new_zeros(M, len(sizes), dtype=torch.float32)
+    needs = [True, True] + ([True] + [False] * (len(sizes) - 1)) * 2
+    for schedule in SCHEDULES:
+        if tiles.unserved(schedule, dy, ranks, threshold > 0, backward=True) is None:
+            forced = branches._replace(schedule=schedule)
+            fused.backward(dy, x, weight, low, gates, forced, needs)
+
+
+@contextmanager
+def _recording(target: str, found: dict[str, Launch]) -> Iterator[None]:
+    def record(kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        launch = _described(kernel, given)
+        found.setdefault(launch.key, launch)
+
+    with (
+        patch.object(JITFunction, "run", record),
+        patch.object(tiles, "architecture", lambda device: target),
+        patch.object(tiles, "tuned", lambda device: {}),
+    ):
+        yield
+
+
+def _described(kernel: JITFunction, given: dict[str, Any]) -> Launch:
+    warps = given.pop("num_warps", 4)
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    divisible: list[Any] = []
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        signature[parameter.name] = _type_of(value)
+        if isinstance(value, tuple):
+            divisible += [(i, j) for j, each in enumerate(value) if isinstance(each, Tensor)]
+        elif isinstance(value, Tensor) or (
+            isinstance(value, int) and not parameter.do_not_specialize and value % 16 == 0
+        ):
+            divisible.append((i,))
+    tile = {
+        name: given[name]
+        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "STAGES")
+        if name in given
+    }
+    flags = [
+        name.lower()
+        for name in ("TMA", "DROPOUT", "JOINT", "MAKES_UP", "BACKWARD", "BASE")
+        if given.get(name)
+    ]
+    dtype = next(
+        DTYPES[value.dtype if isinstance(value, Tensor) else value.base.dtype]
+        for name in ("x", "dy", "left", "source", "down")
+        if (value := given.get(name)) is not None
+    )
+    label = " ".join([dtype, "x".join(str(size) for size in tile.values()), *flags])
+    key = f"{kernel.__name__} {signature} {constants} {divisible} {warps}"
+    return Launch(kernel, label, signature, constants, tuple(divisible), warps, key)
+
+
+def _type_of(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_type_of(each) for each in value)
+    if isinstance(value, Tensor):
+        return "*" + POINTED[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_launch(target: str, launch: Launch) -> Compiled:
+    """Compiles and reads what the assembler made of it."""
+    kernel, limits = launch.kernel.__name__.lstrip("_"), TARGETS[target]
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=launch.signature,
+        constexprs=launch.constants,
+        attrs={place: [["tt.divisibility", 16]] for place in launch.divisible},
+    )
+    try:
+        made = triton.compile(source, target=limits.gpu, options={"num_warps": launch.warps})
+    except Exception as error:  # the compiler's own faults are of many types
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}"
+        return Compiled(target, kernel, launch.label, 0, 0, 0, 0, reason)
+    if "cubin" in made.asm:
+        registers, spilled, code = _read_cubin(made.asm["cubin"])
+    else:
+        code = made.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
+        spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
+    # Sixteen rows are too few for a Hopper warp group's product.
+    matrix = "HMMA" if kernel == "decode" and "cubin" in made.asm else limits.matrix
+    products = len(re.findall(matrix, code))
+    faults = []
+    if spilled:
+        faults.append("spills")
+    if made.metadata.shared > limits.most_shared:
+        faults.append(f"shared memory over {limits.most_shared}")
+    if not products and "fp32" not in launch.label and "dot" in made.asm["ttgir"]:
+        faults.append(f"no {matrix}")
+    return Compiled(
+        target,
+        kernel,
+        launch.label,
+        registers,
+        made.metadata.shared,
+        spilled,
+        products,
+        ", ".join(faults),
+    )
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """Registers a thread, spilled bytes and spilling instructions, and the machine code's text."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        used = _cuobjdump("-res-usage", file.name)
+        code = _cuobjdump("-sass", file.name)
+    registers, local = re.search(r"REG:(\d+).*?LOCAL:(\d+)", used).groups()
+    return int(registers), int(local) + len(re.findall(r"\b(?:STL|LDL)\b", code)), code
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    done = subprocess.run(
+        [BINARIES / "cuobjdump", flag, path], capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+def compile_all(target: str, dtype: torch.dtype) -> list[Compiled]:
+    """Every launch of one target and dtype."""
+    return [compile_launch(target, launch) for launch in launches(target, dtype)]
+
+
+def main() -> int:
+    """Prints the table; 1 if anything is at fault."""
+    pairs = [(target, dtype) for target in TARGETS for dtype in DTYPES]
+    results: list[Compiled] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for made in pool.map(compile_all, *zip(*pairs, strict=True)):
+            results += made
+            print(f"{len(results)} compiled", file=sys.stderr)
+    print(markdown(HEADER, [each.row() for each in results]))
+    return int(any(each.fault for each in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

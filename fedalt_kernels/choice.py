@@ -1,0 +1,71 @@
+"""Which implementation serves a call: what was asked for, or what runs best where x lies."""
+
+import importlib.util
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+def implementation(impl: str, x: Tensor, weight: Tensor) -> str:
+    """ "torch", "triton" or "reference".
+
+    "auto" is "triton" on a GPU that runs it, and "torch" on a CPU; on a GPU that does not, it is
+    "torch" with one warning that says why.
+
+    Raises:
+        RuntimeError: `impl` is "triton" and it cannot run here.
+    """
+    if impl in ("torch", "reference") or (impl == "auto" and x.device.type == "cpu"):
+        return "torch" if impl == "auto" else impl
+    reason = _unsupported(x.device, x.dtype)
+    if reason is None and 1 not in weight.stride():
+        reason = f"one of weight's strides must be 1, got {weight.stride()}"
+    if reason is None:
+        return "torch" if x.numel() == 0 else "triton"
+    if impl == "triton":
+        raise RuntimeError(f"impl='triton' cannot run: {reason}; use impl='torch' or 'auto'")
+    _warn_once(reason)
+    return "torch"
+
+
+def _unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot serve a device and dtype; None if they can."""
+    if dtype == torch.float64:
+        return "the kernels compute float32, bfloat16 and float16, got float64"
+    if not _has_triton():
+        return "the triton package is not installed"
+    if device.type == "cpu":
+        from triton import knobs
+
+        if knobs.runtime.interpret:
+            return None
+        return "x is on a CPU (TRITON_INTERPRET=1 runs the kernels there, very slowly)"
+    if device.type != "cuda":
+        return f"x must be on a CUDA or ROCm device, got {device}"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            return f"the GPU must have compute capability 8.0 or more, got {capability}"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a blocked module
+        return False
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"impl='auto' uses PyTorch products instead of Triton: {reason}", stacklevel=4)
+
+
+# As torch.compiler.assume_constant_result does, which would import the whole compiler.
+_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

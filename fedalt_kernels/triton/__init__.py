@@ -1,0 +1,1 @@
+"""Triton kernels, each beside its launcher; imported only when one of them is called for."""

@@ -1,0 +1,339 @@
+"""The narrow products of the backward: dP from dY, and the sums over tokens dA, dG and dB.
+
+dX is made by `contract`, or together with dP by `overlapped`.  Every sum over tokens is made of
+shares, one a block of rows, which are added in a fixed order: runs repeat bit for bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import (
+    GATES,
+    LOGITS,
+    dot,
+    keep_block,
+    load_block,
+    rounded,
+    split_parts,
+    store_block,
+)
+from .strips import load_gated, spread_outputs, spread_rows
+from .tiles import Ranks, described, precision, tile_for
+
+MOST_SHARES = 8
+
+
+@triton.jit(do_not_specialize=["M"])
+def _spread(
+    dy,
+    up,
+    low,
+    gates,
+    weights,
+    dlow,
+    dlogits,
+    dup,
+    scaling,
+    M,
+    stride_dy,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    FIRST: tl.constexpr,
+    SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    JOINT: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`spread_rows` for every block of rows."""
+    spread_rows(
+        tl.program_id(0),
+        dy,
+        up,
+        low,
+        gates,
+        weights,
+        scaling,
+        dlow,
+        dlogits,
+        dup,
+        M,
+        stride_dy,
+        N,
+        E,
+        EDGES,
+        RANKS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        FIRST,
+        SPAN,
+        STAGES,
+        GATED,
+        JOINT,
+        EVEN_M,
+        TMA,
+        PRECISION,
+    )
+
+
+def spread(
+    dy: Tensor,
+    up: Tensor,
+    low: Tensor,
+    gates: Tensor | None,
+    weights: Sequence[float],
+    ranks: Ranks,
+    scaling: float,
+    span: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dP, s dl and shares of dB, in one pass over dY.
+
+    Args:
+        dy: [M, N].
+        up: [N, RANKS], the packed up-projections.
+        low, gates: P [M, R] and g [M, E] or None, from the forward.
+        weights: E fixed gates, where there are no others.
+        scaling: s.
+        span: (first rank, number of ranks, padded to a power of two) of the dB that is wanted of
+            the same pass, or None.
+
+    Returns:
+        dP [M, RANKS] in dY's dtype, s dl [M, 8] in float32 or None without gates, and dB's shares
+        [row blocks, N, ranks of the span] in float32 or None without a span.
+    """
+    m, n = dy.shape
+    tile, tma = tile_for("spread", ranks, dy)
+    dlow, dlogits, dup = spread_outputs(dy, ranks, gates, span, tile.m)
+    _spread[(triton.cdiv(m, tile.m),)](
+        dy=described(dy, tile.m, tile.n, tma),
+        up=up,
+        low=low,
+        gates=gates,
+        weights=tuple(weights),
+        dlow=dlow,
+        dlogits=dlogits,
+        dup=dup,
+        scaling=scaling,
+        M=m,
+        stride_dy=dy.stride(0),
+        N=n,
+        E=len(ranks.edges) - 1,
+        EDGES=ranks.edges,
+        RANKS=ranks.padded,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_R=ranks.block,
+        FIRST=span[0] if span else 0,
+        SPAN=span[1] if span else 0,
+        STAGES=tile.stages,
+        GATED=gates is not None,
+        JOINT=span is not None,
+        EVEN_M=m % tile.m == 0,
+        TMA=tma,
+        PRECISION=precision(dy.dtype),
+        num_warps=tile.warps,
+    )
+    return dlow, dlogits, dup
+
+
+@triton.jit(do_not_specialize=["M", "chunk"])
+def _reduce(
+    source,
+    factor,
+    gates,
+    weights,
+    seed,
+    shares,
+    gate_shares,
+    threshold,
+    scaling,
+    M,
+    chunk,
+    stride_source,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    FIRST: tl.constexpr,
+    SPAN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    MAKES_UP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One share: sourceᵀ · factor over `chunk` rows, for BLOCK_C columns and BLOCK_R ranks.
+
+    MAKES_UP: source is dY, factor is P to be gated, and shares of dB [shares, C, SPAN] result.
+    Else source is x, under the mask if DROPOUT; factor is dP [M, COLUMNS], and `gates`, if GATED,
+    are s dl [M, 8]: shares of dA [shares, SPAN, C] result, and of dG [shares, 8, C].
+    """
+    at = tl.program_id(0) * BLOCK_C
+    share = tl.program_id(1)
+    rank = tl.program_id(2) * BLOCK_R
+    EVEN_C: tl.constexpr = C % BLOCK_C == 0
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    parts = tl.zeros((BLOCK_C, LOGITS), tl.float32)
+    for row in tl.range(share * chunk, min(M, share * chunk + chunk), BLOCK_M, num_stages=STAGES):
+        b_source = load_block(
+            source, row, at, M, C, stride_source, BLOCK_M, BLOCK_C, EVEN_M and EVEN_C, TMA
+        )
+        if MAKES_UP:
+            if GATED:
+                b_gates = load_block(gates, row, 0, M, E, E, BLOCK_M, GATES, False, False)
+            else:
+                b_gates = tl.zeros((BLOCK_M, GATES), tl.float32)
+            b_gated = load_gated(
+                factor,
+                b_gates,
+                weights,
+                scaling,
+                row,
+                FIRST + rank,
+                M,
+                E,
+                EDGES,
+                BLOCK_M,
+                BLOCK_R,
+                GATED,
+            )
+            b_factor = rounded(b_gated, b_source.dtype, PRECISION)
+        else:
+            b_factor = load_block(
+                factor, row, FIRST + rank, M, COLUMNS, COLUMNS, BLOCK_M, BLOCK_R, False, False
+            )
+            if GATED:
+                o_part = tl.arange(0, LOGITS)
+                p_part = gates + (row + tl.arange(0, BLOCK_M))[:, None].to(tl.int64) * GATES
+                m_part = (row + tl.arange(0, BLOCK_M) < M)[:, None]
+                b_part = tl.load(p_part + (o_part % GATES)[None, :], mask=m_part, other=0.0)
+                is_low = (o_part >= GATES)[None, :]
+                b_part = split_parts(b_part, is_low, b_source.dtype, PRECISION)
+                parts = dot(b_source.T, b_part, parts, PRECISION)  # [c, m] [m, 16]
+            if DROPOUT:
+                keep = keep_block(tl.load(seed), threshold, row, at, C, BLOCK_M, BLOCK_C)
+                b_source = tl.where(keep, b_source, 0.0).to(b_source.dtype)
+        acc = dot(b_source.T, b_factor, acc, PRECISION)  # [c, m] [m, r]
+    shares += share.to(tl.int64) * C * SPAN
+    if MAKES_UP:
+        store_block(shares, acc, at, rank, C, SPAN, SPAN, BLOCK_C, BLOCK_R, False, PRECISION)
+    else:
+        store_block(shares, acc.T, rank, at, SPAN, C, C, BLOCK_R, BLOCK_C, False, PRECISION)
+    if GATED and not MAKES_UP:
+        if rank == 0:
+            b_mixer = tl.sum(tl.reshape(parts, (BLOCK_C, 2, GATES)), 1)
+            start = share.to(tl.int64) * GATES * C
+            store_block(
+                gate_shares + start, b_mixer.T, 0, at, GATES, C, C, GATES, BLOCK_C, False, PRECISION
+            )
+
+
+def reduce_down(
+    x: Tensor,
+    dlow: Tensor,
+    dlogits: Tensor | None,
+    ranks: Ranks,
+    span: tuple[int, int],
+    seed: Tensor | None,
+    threshold: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Shares of dA, [shares, ranks, K], and of dG, [shares, 8, K] or None, in one pass over x.
+
+    Args:
+        x: [M, K].
+        dlow, dlogits: dP [M, RANKS] and s dl [M, 8] from `spread`; no s dl where dG is not wanted.
+        span: as of `spread`.
+        seed, threshold: of the mask.
+    """
+    e = len(ranks.edges) - 1
+    return _launch_reduce(
+        x, dlow, dlogits, (1.0,) * e, ranks, 1.0, span, seed, threshold, makes_up=False
+    )
+
+
+def reduce_up(
+    dy: Tensor,
+    low: Tensor,
+    gates: Tensor | None,
+    weights: Sequence[float],
+    ranks: Ranks,
+    scaling: float,
+    span: tuple[int, int],
+) -> Tensor:
+    """Shares of dB, [shares, N, ranks], where `spread` made none: a second pass over dY."""
+    return _launch_reduce(dy, low, gates, weights, ranks, scaling, span, None, 0, makes_up=True)[0]
+
+
+def _launch_reduce(
+    source: Tensor,
+    factor: Tensor,
+    gates: Tensor | None,
+    weights: Sequence[float],
+    ranks: Ranks,
+    scaling: float,
+    span: tuple[int, int],
+    seed: Tensor | None,
+    threshold: int,
+    *,
+    makes_up: bool,
+) -> tuple[Tensor, Tensor | None]:
+    m, c = source.shape
+    first, width = span
+    block_r = min(width, ranks.block)
+    tile, tma = tile_for("reduce", ranks, source, dropout=threshold > 0)
+    count = min(MOST_SHARES, triton.cdiv(m, tile.m))
+    chunk = triton.cdiv(triton.cdiv(m, count), tile.m) * tile.m
+    shape = (c, width) if makes_up else (width, c)
+    shares = source.new_empty(count, *shape, dtype=torch.float32)
+    gate_shares = None
+    if gates is not None and not makes_up:
+        gate_shares = shares.new_empty(count, GATES.value, c)
+    _reduce[(triton.cdiv(c, tile.n), count, triton.cdiv(width, block_r))](
+        source=described(source, tile.m, tile.n, tma),
+        factor=factor,
+        gates=gates,
+        weights=tuple(weights),
+        seed=seed,
+        shares=shares,
+        gate_shares=gate_shares,
+        threshold=threshold,
+        scaling=scaling,
+        M=m,
+        chunk=chunk,
+        stride_source=source.stride(0),
+        C=c,
+        E=len(ranks.edges) - 1,
+        EDGES=ranks.edges,
+        FIRST=first,
+        SPAN=width,
+        COLUMNS=factor.shape[1],
+        BLOCK_M=tile.m,
+        BLOCK_C=tile.n,
+        BLOCK_R=block_r,
+        STAGES=tile.stages,
+        GATED=gates is not None,
+        MAKES_UP=makes_up,
+        DROPOUT=threshold > 0,
+        EVEN_M=m % tile.m == 0,
+        TMA=tma,
+        PRECISION=precision(source.dtype),
+        num_warps=tile.warps,
+    )
+    return shares, gate_shares

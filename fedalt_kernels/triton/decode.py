@@ -1,0 +1,281 @@
+"""A few rows, as in generation: bound by one read of W, so all else must hide behind it.
+
+One launch of two phases.  A few programs each make one slice of K of P and of the logits, and the
+last of them to arrive adds the slices up in fixed order, gates them and announces S; the others
+stream their rows of W meanwhile and need S only at the end.  Adapters and mixer are read where they
+lie, in their own dtype, since packing them would be a second launch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import (
+    GATES,
+    LOGITS,
+    dot,
+    down_pointers,
+    leave_clean,
+    load_block,
+    mixer_rows,
+    publish,
+    rounded,
+    softmax_gates,
+    spread_gates,
+    store_block,
+    up_pointers,
+    wait_for,
+)
+from .tiles import Ranks, precision, stored, tile_for
+from .workspace import counters
+
+SLICES = 16  # of K, one a program
+
+
+@triton.jit
+def _slice(
+    program,
+    x,
+    downs,
+    mixer,
+    partial,
+    M,
+    stride_x,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LENGTH: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """This program's slice of P [BLOCK_M, RANKS] and of the logits' parts [BLOCK_M, 16]."""
+    b_low = tl.zeros((BLOCK_M, RANKS), tl.float32)
+    parts = tl.zeros((BLOCK_M, LOGITS), tl.float32)
+    o_rank = tl.arange(0, RANKS)
+    for k in tl.range(program * LENGTH, min(K, program * LENGTH + LENGTH), BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_x = load_block(x, 0, k, M, K, stride_x, BLOCK_M, BLOCK_K, False, False)
+        p_down = down_pointers(downs, o_rank, K, E, EDGES)[:, None] + o_k[None, :]
+        m_down = (o_rank < EDGES[E])[:, None] & (o_k < K)[None, :]
+        b_down = tl.load(p_down, mask=m_down, other=0.0).to(tl.float32)
+        b_down = rounded(b_down, b_x.dtype, PRECISION)
+        b_low = dot(b_x, b_down.T, b_low, PRECISION)  # [m, k] [k, r]
+        if GATED:
+            b_router = mixer_rows(mixer, k, K, BLOCK_K, E, b_x.dtype, PRECISION)
+            parts = dot(b_x, b_router.T, parts, PRECISION)  # [m, k] [k, 16]
+    WIDTH: tl.constexpr = RANKS + LOGITS
+    partial += program * BLOCK_M * WIDTH
+    store_block(partial, b_low, 0, 0, BLOCK_M, WIDTH, WIDTH, BLOCK_M, RANKS, False, PRECISION)
+    store_block(partial, parts, 0, RANKS, BLOCK_M, WIDTH, WIDTH, BLOCK_M, LOGITS, False, PRECISION)
+
+
+@triton.jit
+def _finish(
+    partial,
+    weights,
+    low,
+    gated,
+    gates,
+    scaling,
+    M,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SLICES: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sum of all slices, in order; keeps P and the gates, writes S [BLOCK_M, RANKS]."""
+    WIDTH: tl.constexpr = RANKS + LOGITS
+    b_low = tl.zeros((BLOCK_M, RANKS), tl.float32)
+    parts = tl.zeros((BLOCK_M, LOGITS), tl.float32)
+    for i in range(SLICES):
+        here = partial + i * BLOCK_M * WIDTH
+        b_low += load_block(here, 0, 0, BLOCK_M, WIDTH, WIDTH, BLOCK_M, RANKS, True, False)
+        parts += load_block(here, 0, RANKS, BLOCK_M, WIDTH, WIDTH, BLOCK_M, LOGITS, True, False)
+    b_gates = softmax_gates(parts, E)
+    wide = spread_gates(b_gates, weights, tl.arange(0, RANKS), E, EDGES, GATED)
+    b_gated = b_low * wide * scaling
+    store_block(gated, b_gated, 0, 0, BLOCK_M, RANKS, RANKS, BLOCK_M, RANKS, False, PRECISION)
+    store_block(low, b_low, 0, 0, M, EDGES[E], EDGES[E], BLOCK_M, RANKS, False, PRECISION)
+    if GATED:
+        store_block(gates, b_gates, 0, 0, M, E, E, BLOCK_M, GATES, False, PRECISION)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _decode(
+    x,
+    weight,
+    bias,
+    downs,
+    ups,
+    mixer,
+    weights,
+    y,
+    low,
+    gated,
+    gates,
+    partial,
+    counts,
+    scaling,
+    M,
+    stride_x,
+    stride_weight,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    SLICES: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    OUT_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Programs 0 to SLICES - 1 make S; each of the others BLOCK_N columns of y."""
+    program = tl.program_id(0)
+    arrived, ready = counts, counts + 2
+    if program < SLICES:
+        _slice(
+            program,
+            x,
+            downs,
+            mixer,
+            partial,
+            M,
+            stride_x,
+            K,
+            E,
+            EDGES,
+            RANKS,
+            BLOCK_M,
+            BLOCK_K,
+            LENGTH,
+            GATED,
+            PRECISION,
+        )
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
+            _finish(
+                partial,
+                weights,
+                low,
+                gated,
+                gates,
+                scaling,
+                M,
+                E,
+                EDGES,
+                RANKS,
+                BLOCK_M,
+                SLICES,
+                GATED,
+                PRECISION,
+            )
+            publish(ready)
+    else:
+        at = (program - SLICES) * BLOCK_N
+        o_n = at + tl.arange(0, BLOCK_N)
+        o_rank = tl.arange(0, RANKS)
+        m_up = (o_n < N)[:, None] & (o_rank < EDGES[E])[None, :]
+        p_up = up_pointers(ups, o_n, o_rank, E, EDGES)
+        b_up = tl.load(p_up, mask=m_up, other=0.0).to(tl.float32)
+        EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            b_x = load_block(x, 0, k, M, K, stride_x, BLOCK_M, BLOCK_K, False, False)
+            if OUT_MAJOR:
+                b_weight = load_block(
+                    weight, at, k, N, K, stride_weight, BLOCK_N, BLOCK_K, EVEN, False
+                ).T
+            else:
+                b_weight = load_block(
+                    weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, EVEN, False
+                )
+            acc = dot(b_x, b_weight, acc, PRECISION)  # [m, k] [k, n]
+        wait_for(ready, 1)
+        b_gated = load_block(gated, 0, 0, BLOCK_M, RANKS, RANKS, BLOCK_M, RANKS, True, False)
+        b_up = rounded(b_up, b_gated.dtype, PRECISION)
+        acc = dot(b_gated, b_up.T, acc, PRECISION)  # [m, r] [r, n]
+        if BIAS:
+            acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        store_block(y, acc, 0, at, M, N, N, BLOCK_M, BLOCK_N, False, PRECISION)
+    leave_clean(counts, 3)
+
+
+def decode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    mixer: Tensor | None,
+    weights: Sequence[float],
+    ranks: Ranks,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y [M, N], P [M, R] and the gates [M, E] or None, for up to 64 rows, without dropout.
+
+    Args:
+        x, weight, bias: as of `overlapped`.
+        downs, ups: E of A_e [r_e, K] and of B_e [N, r_e], contiguous and of one dtype.
+        mixer: [E, K], contiguous, or None.
+    """
+    m, k = x.shape
+    n, e = weight.shape[0], len(downs)
+    rows = stored(weight)
+    tile, _ = tile_for("decode", ranks, x, rows)
+    block_m = max(tile.m, triton.next_power_of_2(m))
+    length = triton.cdiv(triton.cdiv(k, SLICES), tile.k) * tile.k
+    y, low = x.new_empty(m, n), x.new_empty(m, ranks.edges[-1])
+    gated = x.new_empty(block_m, ranks.padded)
+    gates = None if mixer is None else x.new_empty(m, e, dtype=torch.float32)
+    width = ranks.padded + LOGITS.value
+    _decode[(SLICES + triton.cdiv(n, tile.n),)](
+        x=x,
+        weight=rows,
+        bias=bias,
+        downs=tuple(downs),
+        ups=tuple(ups),
+        mixer=mixer,
+        weights=tuple(weights),
+        y=y,
+        low=low,
+        gated=gated,
+        gates=gates,
+        partial=x.new_empty(SLICES, block_m, width, dtype=torch.float32),
+        counts=counters(x.device, 3),
+        scaling=scaling,
+        M=m,
+        stride_x=x.stride(0),
+        stride_weight=rows.stride(0),
+        K=k,
+        N=n,
+        E=e,
+        EDGES=ranks.edges,
+        RANKS=ranks.padded,
+        BLOCK_M=block_m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        STAGES=tile.stages,
+        SLICES=SLICES,
+        LENGTH=length,
+        BIAS=bias is not None,
+        GATED=mixer is not None,
+        OUT_MAJOR=rows is weight,
+        PRECISION=precision(x.dtype),
+        num_warps=tile.warps,
+    )
+    return y, low, gates

@@ -1,0 +1,383 @@
+"""Strip and base product in one persistent launch, forward and backward.
+
+The first work items make the strip (S, or dP), and announce each block of it; the tiles of the base
+product need it only in their last step, so they rarely wait.  Items are handed out by a ticket and
+wait only on earlier ones, hence on programs that are running: no order of dispatch is assumed, and
+nothing deadlocks.  The last program out zeroes the counters, so a CUDA graph can replay the launch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import (
+    LOGITS,
+    add_mixer,
+    add_strip,
+    contract,
+    leave_clean,
+    publish,
+    store_block,
+    tile_at,
+    wait_for,
+)
+from .strips import project_rows, spread_outputs, spread_rows
+from .tiles import GROUP_M, Ranks, described, precision, programs, stored, tile_for
+from .workspace import counters
+
+
+@triton.jit(do_not_specialize=["M"])
+def _overlapped(
+    x,
+    weight,
+    down,
+    router,
+    up,
+    bias,
+    weights,
+    seed,
+    y,
+    low,
+    gated,
+    gates,
+    counts,
+    threshold,
+    scaling,
+    M,
+    stride_x,
+    stride_weight,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    OUT_MAJOR: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Work items in the order of a ticket, blocks of S first, then the tiles of y."""
+    RANK_BLOCKS: tl.constexpr = RANKS // BLOCK_R
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    strips = tiles_m * RANK_BLOCKS
+    flags = counts + 2
+    item = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
+    while item < strips + tiles_m * tiles_n:
+        following = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
+        if item < strips:
+            project_rows(
+                item,
+                x,
+                down,
+                router,
+                weights,
+                tl.load(seed) if DROPOUT else 0,
+                threshold,
+                scaling,
+                low,
+                gated,
+                gates,
+                M,
+                stride_x,
+                0,
+                0,
+                K,
+                E,
+                EDGES,
+                RANKS,
+                BLOCK_M,
+                BLOCK_K,
+                BLOCK_R,
+                STAGES,
+                GATED,
+                DROPOUT,
+                EVEN_M,
+                TMA,
+                PRECISION,
+            )
+            publish(flags + item // RANK_BLOCKS)
+        else:
+            tile_m, tile_n = tile_at(item - strips, tiles_m, tiles_n, GROUP_M)
+            row, at = tile_m * BLOCK_M, tile_n * BLOCK_N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc = contract(
+                acc,
+                x,
+                weight,
+                row,
+                at,
+                M,
+                stride_x,
+                stride_weight,
+                K,
+                N,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+                OUT_MAJOR,
+                EVEN_M,
+                TMA,
+                PRECISION,
+            )
+            wait_for(flags + tile_m, RANK_BLOCKS)
+            acc = add_strip(
+                acc, gated, up, row, at, M, N, RANKS, BLOCK_M, BLOCK_N, BLOCK_R, True, PRECISION
+            )
+            if BIAS:
+                o_n = at + tl.arange(0, BLOCK_N)
+                acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+            store_block(y, acc, row, at, M, N, N, BLOCK_M, BLOCK_N, TMA, PRECISION)
+        item = following
+    leave_clean(counts, 2 + tiles_m)
+
+
+def overlapped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    router: Tensor | None,
+    up: Tensor,
+    weights: Sequence[float],
+    ranks: Ranks,
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y [M, N], P [M, R] and the gates [M, E] or None; arguments as of `project` and `contract`."""
+    m, k = x.shape
+    n, e = weight.shape[0], len(ranks.edges) - 1
+    y, low = x.new_empty(m, n), x.new_empty(m, ranks.edges[-1])
+    gated = x.new_empty(m, ranks.padded)
+    gates = None if router is None else x.new_empty(m, e, dtype=torch.float32)
+    rows = stored(weight)
+    out_major = rows is weight
+    tile, tma = tile_for("overlapped", ranks, x, rows, y, dropout=threshold > 0)
+    _overlapped[(programs(x.device),)](
+        x=described(x, tile.m, tile.k, tma),
+        weight=described(rows, *((tile.n, tile.k) if out_major else (tile.k, tile.n)), tma),
+        down=described(down, ranks.block, tile.k, tma),
+        router=None if router is None else described(router, LOGITS.value, tile.k, tma),
+        up=up,
+        bias=bias,
+        weights=tuple(weights),
+        seed=seed,
+        y=described(y, tile.m, tile.n, tma),
+        low=low,
+        gated=gated,
+        gates=gates,
+        counts=counters(x.device, 2 + triton.cdiv(m, tile.m)),
+        threshold=threshold,
+        scaling=scaling,
+        M=m,
+        stride_x=x.stride(0),
+        stride_weight=rows.stride(0),
+        K=k,
+        N=n,
+        E=e,
+        EDGES=ranks.edges,
+        RANKS=ranks.padded,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        BLOCK_R=ranks.block,
+        GROUP_M=GROUP_M,
+        STAGES=tile.stages,
+        BIAS=bias is not None,
+        GATED=router is not None,
+        DROPOUT=threshold > 0,
+        OUT_MAJOR=out_major,
+        EVEN_M=m % tile.m == 0,
+        TMA=tma,
+        PRECISION=precision(x.dtype),
+        num_warps=tile.warps,
+    )
+    return y, low, gates
+
+
+@triton.jit(do_not_specialize=["M"])
+def _overlapped_backward(
+    dy,
+    weight,
+    up,
+    down,
+    low,
+    gates,
+    mixer,
+    weights,
+    dx,
+    dlow,
+    dlogits,
+    dup,
+    counts,
+    scaling,
+    M,
+    stride_dy,
+    stride_weight,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    FIRST: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    JOINT: tl.constexpr,
+    OUT_MAJOR: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dP, dl and shares of dB first, then the tiles of dX, whose columns are BLOCK_N of K."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    flags = counts + 2
+    item = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
+    while item < tiles_m + tiles_m * tiles_n:
+        following = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
+        if item < tiles_m:
+            spread_rows(
+                item,
+                dy,
+                up,
+                low,
+                gates,
+                weights,
+                scaling,
+                dlow,
+                dlogits,
+                dup,
+                M,
+                stride_dy,
+                N,
+                E,
+                EDGES,
+                RANKS,
+                BLOCK_M,
+                BLOCK_K,
+                BLOCK_R,
+                FIRST,
+                SPAN,
+                STAGES,
+                GATED,
+                JOINT,
+                EVEN_M,
+                TMA,
+                PRECISION,
+            )
+            publish(flags + item)
+        else:
+            tile_m, tile_n = tile_at(item - tiles_m, tiles_m, tiles_n, GROUP_M)
+            row, at = tile_m * BLOCK_M, tile_n * BLOCK_N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc = contract(
+                acc,
+                dy,
+                weight,
+                row,
+                at,
+                M,
+                stride_dy,
+                stride_weight,
+                N,
+                K,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+                OUT_MAJOR,
+                EVEN_M,
+                TMA,
+                PRECISION,
+            )
+            wait_for(flags + tile_m, 1)
+            acc = add_strip(
+                acc, dlow, down, row, at, M, K, RANKS, BLOCK_M, BLOCK_N, BLOCK_R, False, PRECISION
+            )
+            if GATED:
+                acc = add_mixer(acc, dlogits, mixer, row, at, M, K, E, BLOCK_M, BLOCK_N)
+            store_block(dx, acc, row, at, M, K, K, BLOCK_M, BLOCK_N, TMA, PRECISION)
+        item = following
+    leave_clean(counts, 2 + tiles_m)
+
+
+def overlapped_backward(
+    dy: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    mixer: Tensor | None,
+    low: Tensor,
+    gates: Tensor | None,
+    weights: Sequence[float],
+    ranks: Ranks,
+    scaling: float,
+    span: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dX [M, K] and what `backward.spread` returns, whose arguments these are as well."""
+    m, n = dy.shape
+    k = weight.shape[1]
+    dx, rows = dy.new_empty(m, k), stored(weight)
+    tile, tma = tile_for("overlapped_backward", ranks, dy, rows, dx)
+    dlow, dlogits, dup = spread_outputs(dy, ranks, gates, span, tile.m)
+    out_major = rows is not weight
+    _overlapped_backward[(programs(dy.device),)](
+        dy=described(dy, tile.m, tile.k, tma),
+        weight=described(rows, *((tile.n, tile.k) if out_major else (tile.k, tile.n)), tma),
+        up=up,
+        down=down,
+        low=low,
+        gates=gates,
+        mixer=mixer,
+        weights=tuple(weights),
+        dx=described(dx, tile.m, tile.n, tma),
+        dlow=dlow,
+        dlogits=dlogits,
+        dup=dup,
+        counts=counters(dy.device, 2 + triton.cdiv(m, tile.m)),
+        scaling=scaling,
+        M=m,
+        stride_dy=dy.stride(0),
+        stride_weight=rows.stride(0),
+        K=k,
+        N=n,
+        E=len(ranks.edges) - 1,
+        EDGES=ranks.edges,
+        RANKS=ranks.padded,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        BLOCK_R=ranks.block,
+        FIRST=span[0] if span else 0,
+        SPAN=span[1] if span else 0,
+        GROUP_M=GROUP_M,
+        STAGES=tile.stages,
+        GATED=gates is not None,
+        JOINT=span is not None,
+        OUT_MAJOR=out_major,
+        EVEN_M=m % tile.m == 0,
+        TMA=tma,
+        PRECISION=precision(dy.dtype),
+        num_warps=tile.warps,
+    )
+    return dx, dlow, dlogits, dup
