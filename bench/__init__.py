@@ -1,0 +1,21 @@
+"""What the layer costs: modelled, compiled, and measured on a CPU or a GPU.
+
+``make bench`` is the CPU's, ``python -m bench --help`` lists the rest::
+
+    cases        the cases, and the order they go in
+    roofline     what each schedule must cost, from code
+    aot          every kernel compiled ahead of time, without a GPU
+    parity       every schedule in Triton's interpreter, against float64
+    peers        what a user would pick instead of our layer
+    candidates   our layer under each schedule and its peers, and their check
+    device       timing, ceilings and description of a GPU
+    kernels      the candidates on a GPU: checked, then timed
+    model        a whole model: training step and decoding
+    tune         a search over tiles for the GPU at hand
+    plots        of the kernels' table
+    report       a table as JSON and Markdown
+    measure      interleaved CPU timing, saved bytes
+    test_layer   the layer on a CPU
+    test_step    a training step of the built-in base on a CPU
+    kill_resume  runs that are killed and resumed
+"""

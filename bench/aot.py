@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +54,7 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, "v_mfma"),
 }
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+NAMES = tuple(DTYPES.values())
 POINTED = {**DTYPES, torch.int64: "i64", torch.int32: "i32"}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 M, N, K = 256, 512, 512
@@ -267,14 +268,15 @@ def _cuobjdump(flag: str, path: str) -> str:
     return done.stdout + done.stderr
 
 
-def compile_all(target: str, dtype: torch.dtype) -> list[Compiled]:
+def compile_all(target: str, name: str) -> list[Compiled]:
     """Every launch of one target and dtype."""
+    dtype = next(dtype for dtype, short in DTYPES.items() if short == name)
     return [compile_launch(target, launch) for launch in launches(target, dtype)]
 
 
-def main() -> int:
+def main(targets: Sequence[str] = tuple(TARGETS), dtypes: Sequence[str] = NAMES) -> int:
     """Prints the table; 1 if anything is at fault."""
-    pairs = [(target, dtype) for target in TARGETS for dtype in DTYPES]
+    pairs = [(target, dtype) for target in targets for dtype in dtypes]
     results: list[Compiled] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for made in pool.map(compile_all, *zip(*pairs, strict=True)):
@@ -282,7 +284,3 @@ def main() -> int:
             print(f"{len(results)} compiled", file=sys.stderr)
     print(markdown(HEADER, [each.row() for each in results]))
     return int(any(each.fault for each in results))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

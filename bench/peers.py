@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +58,8 @@ class _Single(nn.Module):
 
 def two_peft_loras(layer: MixedLoRALinear) -> nn.Module:
     """A PEFT model over the base with two active LoRAs, the second frozen; they add ungated."""
+    import peft  # not on every machine that times the others
+
     config = peft.LoraConfig(
         r=layer.rank,
         lora_alpha=layer.alpha,
@@ -79,10 +80,17 @@ def two_peft_loras(layer: MixedLoRALinear) -> nn.Module:
 
 
 def mixed_layer(
-    outputs: int, inputs: int, rank: int, dropout: float, dtype: torch.dtype
+    outputs: int,
+    inputs: int,
+    rank: int,
+    dropout: float,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    bias: bool = True,
 ) -> MixedLoRALinear:
     """The layer in mid-training: none of its factors is zero."""
-    layer = MixedLoRALinear(nn.Linear(inputs, outputs, dtype=dtype), rank=rank, dropout=dropout)
+    base = nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+    layer = MixedLoRALinear(base, rank=rank, dropout=dropout)
     for factors in (layer.individual, layer.rest_of_world):
         nn.init.normal_(factors.a, std=inputs**-0.5)
         nn.init.normal_(factors.b, std=0.1)

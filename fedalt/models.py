@@ -24,6 +24,12 @@ State = dict[str, Tensor]
 
 INDIVIDUAL, REST_OF_WORLD, MIXER = "individual", "rest_of_world", "mixer"
 ALL_LINEAR = "all-linear"
+# Names under which layers of one module read the same input, in the order in which they are called.
+READ_ONE_INPUT = [
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+]
 
 
 def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
@@ -97,7 +103,18 @@ def inject(
         layer.reset_parameters(generator)
         layer.train(base.training)
         setattr(model.get_submodule(parent), leaf, layer)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in targets):
+        _share_inputs(model.get_submodule(parent))
     return model
+
+
+def _share_inputs(module: nn.Module) -> None:
+    """Let a module's adapted layers that read the same input share their pass over it."""
+    for names in READ_ONE_INPUT:
+        layers = [getattr(module, name, None) for name in names]
+        adapted = [layer for layer in layers if isinstance(layer, MixedLoRALinear)]
+        if len(adapted) > 1:
+            MixedLoRALinear.share_input(adapted)
 
 
 def adapter_state(model: nn.Module) -> State:

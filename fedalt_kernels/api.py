@@ -1,6 +1,7 @@
 """The functional form: picks the implementation of the checked arguments."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from .adapter import Adapter
 from .autograd import mixed_lora
 from .checks import check_arguments, check_tensors
 from .choice import implementation
-from .dropout import drop_threshold, keep_scale
+from .dropout import draw_seed, drop_threshold, keep_scale
 from .reference import reference
 
 
@@ -25,6 +26,7 @@ def mixed_lora_linear(
     seed: Tensor | int | None = None,
     impl: str = "auto",
     schedule: str | None = None,
+    strip: Any = None,
 ) -> Tensor:
     """A frozen linear layer plus gated low-rank adapters, differentiable.
 
@@ -53,6 +55,7 @@ def mixed_lora_linear(
             simple), or "auto": "triton" on a GPU that runs it, else "torch".
         schedule: with impl="triton", "decode", "recompute", "overlapped", "split" or "expand", see
             `fedalt_kernels.fused`; None chooses by shape and device.
+        strip: with the seed it was made for, what `sharing.SharedInput` has made of x already.
 
     Returns:
         [..., N] in x's dtype.  Gradients reach x, and every adapter and mixer that asks for one, in
@@ -73,7 +76,7 @@ def mixed_lora_linear(
     if not threshold:
         seed = None
     elif seed is None:
-        seed = torch.randint(2**63 - 1, (), device=x.device)
+        seed = draw_seed(x.device)
     elif isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
     impl = implementation(impl, x, weight)
@@ -83,4 +86,6 @@ def mixed_lora_linear(
         )
     if threshold:
         scaling *= keep_scale(threshold)
-    return mixed_lora(x, weight, bias, adapters, mixer, scaling, threshold, seed, impl, schedule)
+    return mixed_lora(
+        x, weight, bias, adapters, mixer, scaling, threshold, seed, impl, schedule, strip
+    )

@@ -51,13 +51,15 @@ class MixedLoRA(torch.autograd.Function):
         mixer: Tensor | None,
         seed: Tensor | None,
         constants: tuple[Any, ...],
+        strip: Any,
         *factors: Tensor,
     ) -> Tensor:
         n, k = weight.shape
         impl, *_ = ctx.constants = constants
         branches = _branches(mixer, seed, constants, factors)
         forward, _ = _implementation(impl)
-        y, low, gates = forward(x.reshape(-1, k), weight, bias, branches)
+        made = () if strip is None else (strip,)
+        y, low, gates = forward(x.reshape(-1, k), weight, bias, branches, *made)
         ctx.save_for_backward(x, weight, low, gates, mixer, seed, *factors)
         return y.view(*x.shape[:-1], n)
 
@@ -68,7 +70,7 @@ class MixedLoRA(torch.autograd.Function):
         branches = _branches(mixer, seed, ctx.constants, factors)
         n, k = weight.shape
         asked = ctx.needs_input_grad
-        needs = [asked[0], asked[3], *asked[6:]]
+        needs = [asked[0], asked[3], *asked[7:]]
         _, backward = _implementation(ctx.constants[0])
         rows, drows = x.reshape(-1, k), dy.reshape(-1, n).contiguous()
         # Autocast would change the dtype of some of these products under an in-place sum.
@@ -77,7 +79,7 @@ class MixedLoRA(torch.autograd.Function):
         dx, dmixer, *dfactors = [next(grads) if need else None for need in needs]
         if dx is not None:
             dx = dx.view(x.shape)
-        return dx, None, None, dmixer, None, None, *dfactors
+        return dx, None, None, dmixer, None, None, None, *dfactors
 
 
 def _branches(
@@ -111,6 +113,7 @@ def mixed_lora(
     seed: Tensor | None,
     impl: str,
     schedule: str | None,
+    strip: Any,
 ) -> Tensor:
     """Arguments as in `fedalt_kernels.mixed_lora_linear`, already checked.
 
@@ -128,6 +131,7 @@ def mixed_lora(
         mixer if learned else None,
         seed,
         (impl, None if learned else mixer, scaling, threshold, schedule),
+        strip,
         *[a for a, _ in adapters],
         *[b for _, b in adapters],
     )

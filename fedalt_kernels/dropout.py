@@ -36,6 +36,11 @@ def keep_scale(threshold: int) -> float:
     return 256 / (256 - threshold)
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from torch's default generator of the device: int64 []."""
+    return torch.randint(SEED_LIMIT - 1, (), device=device)
+
+
 def mask_bytes(seed: int, rows: int, columns: int, block_rows: int) -> Iterator[Tensor]:
     """The random bytes of a [rows, columns] matrix, in blocks of at most `block_rows` rows.
 

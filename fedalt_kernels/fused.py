@@ -69,14 +69,13 @@ def forward(
         strip: from `shared_strips`, where the layer shares its pass over x.
     """
     ranks = _ranks(branches, x.dtype)
-    if strip is not None:
-        y = contract_with_strip(x, weight, strip.gated, strip.up, ranks, bias=bias)
-        return y, strip.low, strip.gates
     schedule = branches.schedule
     if schedule is None:
         schedule = tiles.forward_schedule(x, weight, ranks, branches.threshold > 0)
     elif reason := tiles.unserved(schedule, x, ranks, branches.threshold > 0):
         raise RuntimeError(f"schedule {schedule!r} cannot serve this call: {reason}")
+    if strip is not None:
+        return _with_strip(x, weight, bias, strip, ranks, schedule)
     weights = _weights(branches)
     scaling = branches.scaling
     if schedule == "decode":
@@ -94,11 +93,30 @@ def forward(
             x, weight, bias, down, router, up, weights, ranks, scaling, seed, threshold
         )
     strip = _strips(x, packed, [branches], ranks)[0]
-    base = None
-    if schedule == "expand":
-        base = x @ weight.t()  # [M, K] [K, N]
+    return _with_strip(x, weight, bias, strip, ranks, schedule)
+
+
+def _with_strip(
+    x: Tensor, weight: Tensor, bias: Tensor | None, strip: Strip, ranks: Ranks, schedule: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    base = x @ weight.t() if schedule == "expand" else None  # [M, K] [K, N]
     y = contract_with_strip(x, weight, strip.gated, strip.up, ranks, bias=bias, base=base)
     return y, strip.low, strip.gates
+
+
+def worth_sharing(
+    x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], dropout: bool
+) -> bool:
+    """Whether one pass over x for several layers beats each layer's own schedule.
+
+    It does where a layer would make its strip in a launch of its own anyway, or is so narrow that
+    its own tiles cannot hide one.
+    """
+    ranks = side_by_side(sizes, x.dtype)
+    schedules = {tiles.forward_schedule(x, weight, ranks, dropout) for weight in weights}
+    if schedules & {"decode", "recompute"}:
+        return False
+    return schedules != {"overlapped"} or any(n < k for n, k in (w.shape for w in weights))
 
 
 def shared_strips(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches]) -> list[Strip]:

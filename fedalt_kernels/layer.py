@@ -1,6 +1,7 @@
 """The module: wraps a linear layer, owns the adapters and the mixer."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .api import mixed_lora_linear
 from .checks import IMPLEMENTATIONS
+from .sharing import SharedInput
 
 
 class LowRank(nn.Module):
@@ -47,6 +49,7 @@ class MixedLoRALinear(nn.Module):
     """
 
     base: nn.Linear  # or a Conv1D
+    shared: SharedInput | None  # the layers that read the same x
     individual: LowRank
     rest_of_world: LowRank | None
     mixer: nn.Parameter | None
@@ -63,6 +66,7 @@ class MixedLoRALinear(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        self.shared = None
         self.transposed = _stores_transposed(base)
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
@@ -127,6 +131,16 @@ class MixedLoRALinear(nn.Module):
         """A child's own parameters, read several times faster than by nn.Module.__getattr__."""
         return self._modules[name]._parameters  # type: ignore[union-attr]
 
+    @staticmethod
+    def share_input(layers: Sequence["MixedLoRALinear"]) -> None:
+        """Tell layers that are called with one x, in this order, such as q, k and v, to share.
+
+        On a GPU they then make their low-rank products in one pass over it; results stay the same.
+        """
+        shared = SharedInput(layers)
+        for layer in layers:
+            layer.shared = shared
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Kaiming uniform (a = √5) for ``individual.a`` and the mixer, zero for everything else.
@@ -146,6 +160,7 @@ class MixedLoRALinear(nn.Module):
         base = self._owned("base")
         weight = base["weight"]
         mixer = self._parameters["mixer"]
+        made = None if self.shared is None else self.shared.take(self, x)
         return mixed_lora_linear(
             x,
             weight.t() if self.transposed else weight,
@@ -155,6 +170,8 @@ class MixedLoRALinear(nn.Module):
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
             impl=self.impl,
+            seed=None if made is None else made.seed,
+            strip=None if made is None else made.strip,
         )
 
     def extra_repr(self) -> str:

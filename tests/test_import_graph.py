@@ -33,7 +33,8 @@ KERNELS = {
     "choice": set(),
     "checks": {"adapter", "dropout"},
     "api": {"adapter", "autograd", "checks", "choice", "dropout", "reference"},
-    "layer": {"adapter", "api", "checks"},
+    "sharing": {"adapter", "choice", "dropout", "fused"},
+    "layer": {"adapter", "api", "checks", "sharing"},
 }
 # The loop is ordered from the command down: nothing imports what stands above it.
 COMMANDS = ["__main__", "cli", "compare", "run"]

@@ -27,6 +27,7 @@ def branches(case: Case, dropout: bool) -> tuple[object, ...]:
     )
 
 
+@pytest.mark.parametrize("name", ["merged", "fused"])
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize(
     "case",
@@ -37,20 +38,22 @@ def branches(case: Case, dropout: bool) -> tuple[object, ...]:
     ],
     ids=str,
 )
-def test_opcheck(case: Case, dropout: bool) -> None:
+def test_opcheck(case: Case, dropout: bool, name: str) -> None:
     inputs = build(case)
     shared = branches(case, dropout)
     x, dy = inputs.x.detach(), inputs.dy
     operators = torch.ops.fedalt_kernels
+    forward_operator = getattr(operators, f"{name}_forward")
+    backward_operator = getattr(operators, f"{name}_backward")
     forward = (x, inputs.weight, inputs.bias, *shared)
-    library.opcheck(operators.merged_forward.default, forward)
-    _, low, gates = operators.merged_forward(*forward)
+    library.opcheck(forward_operator.default, forward)
+    _, low, gates = forward_operator(*forward)
     learned = isinstance(inputs.mixer, torch.Tensor)
     count = len(case.ranks)
     for needs_x in (True, False):
         needs = [needs_x, learned] + [True] * count + [False] + [True] * (count - 1)
         backward = (dy, x, inputs.weight, low, gates, *shared, needs)
-        library.opcheck(operators.merged_backward.default, backward)
+        library.opcheck(backward_operator.default, backward)
 
 
 def step(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -62,9 +65,10 @@ def step(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.sum(), [x, *trainable])]
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_compiled_layer_matches_eager_at_every_length(dropout: float) -> None:
-    layer = MixedLoRALinear(torch.nn.Linear(32, 24), rank=4, dropout=dropout)
+def test_compiled_layer_matches_eager_at_every_length(dropout: float, impl: str) -> None:
+    layer = MixedLoRALinear(torch.nn.Linear(32, 24), rank=4, dropout=dropout, impl=impl)
     for parameter in (layer.individual.b, layer.rest_of_world.a, layer.rest_of_world.b):
         torch.nn.init.normal_(parameter)
     torch.compiler.reset()
@@ -79,8 +83,9 @@ def test_compiled_layer_matches_eager_at_every_length(dropout: float) -> None:
     assert compilations[0] == compilations[-1]
 
 
-def test_inductor_compiles_forward_and_backward_with_dropout() -> None:
-    layer = MixedLoRALinear(torch.nn.Linear(32, 24), rank=4, dropout=0.5)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_inductor_compiles_forward_and_backward_with_dropout(impl: str) -> None:
+    layer = MixedLoRALinear(torch.nn.Linear(32, 24), rank=4, dropout=0.5, impl=impl)
     compiled = torch.compile(layer, fullgraph=True)
     x = torch.randn(6, 32, requires_grad=True)
     compiled(x).sum().backward()

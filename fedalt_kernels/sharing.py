@@ -1,0 +1,121 @@
+"""One pass over x for all the layers that read it, as q, k and v or gate and up do.
+
+The down-projections and mixers of such layers differ only in values.  On a GPU, the first of them
+to be called with an x lets `fused.shared_strips` make P, S and the gates of all of them in one
+launch, and the others find theirs made.  Each keeps its own dropout seed, drawn in the layers'
+order, so results are bit for bit those of layers that do not share.  Gradients are untouched: a
+layer's backward derives P and the gates from x as if it had made them itself.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapter import Branches
+from .choice import implementation
+from .dropout import draw_seed, drop_threshold, keep_scale
+
+Layer = Any  # a MixedLoRALinear, whose module imports this one
+
+
+class Made(NamedTuple):
+    """What is waiting for a layer: its seed and its strip, for these versions of its parameters."""
+
+    seed: Tensor | None
+    strip: Any
+    versions: tuple[int, ...]
+
+
+class SharedInput:
+    """The layers that read one x; `take` is how a layer asks for its part."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = tuple(layers)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._x: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._waiting: dict[int, Made] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layers = state["layers"]
+        self._forget()
+
+    def take(self, layer: Layer, x: Tensor) -> Made | None:
+        """What was made for this layer of this very x, or None: then it serves itself.
+
+        Layers that turn out to read different tensors are released from sharing.
+        """
+        on_cpu = x.device.type == "cpu" and layer.impl != "triton"
+        if on_cpu or torch.compiler.is_compiling() or x.is_inference():
+            return None
+        if self._x is None or self._x() is not x or self._version != x._version:
+            if self._waiting:
+                self._release()
+                return None
+            self._make(x)
+        made = self._waiting.pop(id(layer), None)
+        return made if made is not None and made.versions == _versions(layer) else None
+
+    def _release(self) -> None:
+        for layer in self.layers:
+            layer.shared = None
+        self._forget()
+
+    @torch.no_grad()
+    def _make(self, x: Tensor) -> None:
+        self._forget()
+        self._x, self._version = weakref.ref(x), x._version
+        if torch.is_autocast_enabled(x.device.type) or not self._alike(x):
+            return
+        from . import fused  # only here, since it needs Triton
+
+        first = self.layers[0]
+        rows = x.reshape(-1, x.shape[-1])
+        weights = [layer.weight for layer in self.layers]
+        ranks = [a.shape[0] for a, _ in first.adapters]
+        threshold = drop_threshold(first.dropout if first.training else 0.0)
+        if not fused.worth_sharing(rows, weights, ranks, threshold > 0):
+            return
+        parts = []
+        for layer in self.layers:
+            adapters = layer.adapters
+            seed = draw_seed(x.device) if threshold else None
+            scaling = layer.scaling * (keep_scale(threshold) if threshold else 1.0)
+            downs, ups = [a for a, _ in adapters], [b for _, b in adapters]
+            parts.append(Branches(downs, ups, layer.mixer, layer.fixed, scaling, threshold, seed))
+        strips = fused.shared_strips(rows, [weight.shape[0] for weight in weights], parts)
+        self._waiting = {
+            id(layer): Made(branches.seed, strip, _versions(layer))
+            for layer, branches, strip in zip(self.layers, parts, strips, strict=True)
+        }
+
+    def _alike(self, x: Tensor) -> bool:
+        """Whether one launch serves all layers, as Triton kernels."""
+        first = self.layers[0]
+        return x.numel() > 0 and all(
+            implementation(layer.impl, x, layer.weight) == "triton"
+            and layer.weight.dtype == x.dtype
+            and layer.in_features == x.shape[-1]
+            and _settings(layer) == _settings(first)
+            for layer in self.layers
+        )
+
+
+def _settings(layer: Layer) -> tuple[Any, ...]:
+    mode = layer.dropout if layer.training else 0.0
+    return layer.rank, layer.scaling, mode, layer.fixed, layer.mixer is None, len(layer.adapters)
+
+
+def _versions(layer: Layer) -> tuple[int, ...]:
+    tensors = [factor for adapter in layer.adapters for factor in adapter]
+    if layer.mixer is not None:
+        tensors.append(layer.mixer)
+    return tuple([tensor._version for tensor in tensors])
