@@ -167,8 +167,7 @@ def _backward(case: Case, schedule: str) -> list[Launch]:
     if not joint:
         launches.append(Launch(t.y + t.low + t.gates + up_shares, 2.0 * t.m * t.n * t.span))
     sums = (
-        mixer_shares + t.mixer,
-        down_shares + SINGLE * t.k * t.rank,
+        down_shares + mixer_shares + SINGLE * t.k * (t.span + GATES),
         up_shares + SINGLE * t.n * t.rank,
     )
     return [*launches, reduce_down, *(Launch(moved) for moved in sums)]

@@ -45,12 +45,16 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
     """Names of linear layers (``q_proj``), as in PEFT; ``all-linear``: all but the output head."""
+    impl: str = "auto"
+    """How adapted layers are computed: ``triton`` on a GPU, ``torch``, ``reference``."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
         _require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
         _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
         _require(len(self.target_modules) > 0, "lora.target_modules", "a list of names", [])
+        known = ("auto", "triton", "torch", "reference")
+        _require(self.impl in known, "lora.impl", f"one of {', '.join(known)}", self.impl)
 
 
 @dataclass(frozen=True)

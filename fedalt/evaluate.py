@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 
 from fedalt.config import EvaluateConfig
@@ -88,6 +87,8 @@ def generate(
 
 def score(answers: Sequence[str], references: Sequence[str], loss: float) -> Scores:
     """ROUGE-1 and exact match of generated answers, beside a loss measured elsewhere."""
+    from rouge_score.rouge_scorer import RougeScorer  # here, since it takes a second to import
+
     scorer = RougeScorer(["rouge1"], use_stemmer=True)
     pairs = list(zip(answers, references, strict=True))
     rouge1 = sum(scorer.score(ref, answer)["rouge1"].fmeasure for answer, ref in pairs)

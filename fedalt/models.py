@@ -70,6 +70,7 @@ def inject(
     *,
     rest_of_world: bool = True,
     mixer: bool | tuple[float, ...] = True,
+    impl: str = "auto",
 ) -> nn.Module:
     """Freeze ``model`` and replace its targeted linear layers by ``MixedLoRALinear``, in place.
 
@@ -80,13 +81,14 @@ def inject(
             is every linear layer but the output head.
         seed: of the first A and mixer; equal seeds give equal starts whatever the device.
         rest_of_world: with the frozen second adapter; without it each layer is one plain LoRA.
-        mixer: as in ``MixedLoRALinear``.
+        mixer, impl: as in ``MixedLoRALinear``.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: a name that no linear layer of the model has, or adapters are in already.
+        InputError: a name that no linear layer of the model has, adapters are in already, or
+            ``impl`` cannot run here.
     """
     names = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
     if any(isinstance(module, MixedLoRALinear) for module in model.modules()):
@@ -98,14 +100,24 @@ def inject(
         parent, _, leaf = name.rpartition(".")
         base = model.get_submodule(name)
         layer = MixedLoRALinear(
-            base, rank, alpha, dropout, rest_of_world=rest_of_world, mixer=mixer
+            base, rank, alpha, dropout, rest_of_world=rest_of_world, mixer=mixer, impl=impl
         )
         layer.reset_parameters(generator)
         layer.train(base.training)
         setattr(model.get_submodule(parent), leaf, layer)
+    _try_out(layer)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in targets):
         _share_inputs(model.get_submodule(parent))
     return model
+
+
+@torch.no_grad()
+def _try_out(layer: MixedLoRALinear) -> None:
+    """Refuses an implementation that cannot run, before anything is trained with it."""
+    try:
+        layer(layer.weight.new_zeros(1, layer.in_features))
+    except RuntimeError as error:
+        raise InputError(f"lora.impl: {error}") from None
 
 
 def _share_inputs(module: nn.Module) -> None:

@@ -181,6 +181,7 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
         lora.target_modules,
         seed=config.seed,
         rest_of_world=method.rest_of_world,
+        impl=lora.impl,
     )
     return model, tokenizer
 

@@ -152,8 +152,10 @@ def backward(
     if up_span and shares is None:
         weights = _weights(branches)
         shares = backwards.reduce_up(dy, low, gates, weights, ranks, branches.scaling, up_span)
-    if up_span and shares is not None:
-        grads += _cut(shares, 2, ranks, up_span, needs_ups, branches.ups)
+    for e, need in enumerate(needs_ups):
+        if need and up_span and shares is not None:
+            mine = shares[..., ranks.edges[e] - up_span[0] : ranks.edges[e + 1] - up_span[0]]
+            grads.append(mine.sum(0).to(branches.ups[e].dtype))
     return grads
 
 
@@ -205,38 +207,19 @@ def _rows_backward(
         grads.append(dx)
     down_span = _span(ranks, needs_downs)
     if down_span or needs_mixer:
-        down_shares, mixer_shares = backwards.reduce_down(
-            x,
-            dlow,
-            dlogits if needs_mixer else None,
-            ranks,
-            down_span or (0, ranks.block),
-            branches.seed,
-            branches.threshold,
+        span = down_span or (0, ranks.block)
+        dlogits = dlogits if needs_mixer else None
+        rows = backwards.reduce_down(
+            x, dlow, dlogits, ranks, span, branches.seed, branches.threshold
         )
-        if mixer_shares is not None and branches.mixer is not None:
-            grads.append(mixer_shares[:, :count].sum(0).to(branches.mixer.dtype))
-        if down_span:
-            grads += _cut(down_shares, 1, ranks, down_span, needs_downs, branches.downs)
+        if branches.mixer is not None and needs_mixer:
+            mine = rows[span[1] : span[1] + count]
+            grads.append(mine.to(branches.mixer.dtype))
+        for e, need in enumerate(needs_downs):
+            if need:
+                mine = rows[ranks.edges[e] - span[0] : ranks.edges[e + 1] - span[0]]
+                grads.append(mine.to(branches.downs[e].dtype))
     return grads, shares
-
-
-def _cut(
-    shares: Tensor,
-    dim: int,
-    ranks: Ranks,
-    span: tuple[int, int],
-    needs: Sequence[bool],
-    factors: Factors,
-) -> list[Tensor]:
-    """The gradients of the needed factors, from shares whose `dim` are the ranks of a span."""
-    grads = []
-    for e, need in enumerate(needs):
-        if need:
-            start, end = ranks.edges[e], ranks.edges[e + 1]
-            mine = shares.narrow(dim, start - span[0], end - start)
-            grads.append(mine.sum(0).to(factors[e].dtype))
-    return grads
 
 
 def _span(ranks: Ranks, needs: Sequence[bool]) -> tuple[int, int] | None:

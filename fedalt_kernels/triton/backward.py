@@ -156,7 +156,6 @@ def _reduce(
     weights,
     seed,
     shares,
-    gate_shares,
     threshold,
     scaling,
     M,
@@ -183,7 +182,7 @@ def _reduce(
 
     MAKES_UP: source is dY, factor is P to be gated, and shares of dB [shares, C, SPAN] result.
     Else source is x, under the mask if DROPOUT; factor is dP [M, COLUMNS], and `gates`, if GATED,
-    are s dl [M, 8]: shares of dA [shares, SPAN, C] result, and of dG [shares, 8, C].
+    are s dl [M, 8]: shares of dA and below it, if GATED, of dG [shares, SPAN + 8, C] result.
     """
     at = tl.program_id(0) * BLOCK_C
     share = tl.program_id(1)
@@ -231,18 +230,17 @@ def _reduce(
                 keep = keep_block(tl.load(seed), threshold, row, at, C, BLOCK_M, BLOCK_C)
                 b_source = tl.where(keep, b_source, 0.0).to(b_source.dtype)
         acc = dot(b_source.T, b_factor, acc, PRECISION)  # [c, m] [m, r]
-    shares += share.to(tl.int64) * C * SPAN
     if MAKES_UP:
+        shares += share.to(tl.int64) * C * SPAN
         store_block(shares, acc, at, rank, C, SPAN, SPAN, BLOCK_C, BLOCK_R, False, PRECISION)
     else:
+        ROWS: tl.constexpr = SPAN + GATES if GATED else SPAN
+        shares += share.to(tl.int64) * C * ROWS
         store_block(shares, acc.T, rank, at, SPAN, C, C, BLOCK_R, BLOCK_C, False, PRECISION)
-    if GATED and not MAKES_UP:
-        if rank == 0:
-            b_mixer = tl.sum(tl.reshape(parts, (BLOCK_C, 2, GATES)), 1)
-            start = share.to(tl.int64) * GATES * C
-            store_block(
-                gate_shares + start, b_mixer.T, 0, at, GATES, C, C, GATES, BLOCK_C, False, PRECISION
-            )
+        if GATED:
+            if rank == 0:
+                b_mixer = tl.sum(tl.reshape(parts, (BLOCK_C, 2, GATES)), 1).T
+                store_block(shares, b_mixer, SPAN, at, ROWS, C, C, GATES, BLOCK_C, False, PRECISION)
 
 
 def reduce_down(
@@ -253,8 +251,8 @@ def reduce_down(
     span: tuple[int, int],
     seed: Tensor | None,
     threshold: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Shares of dA, [shares, ranks, K], and of dG, [shares, 8, K] or None, in one pass over x.
+) -> Tensor:
+    """dA of a span of ranks and below it, if there is s dl, dG: [ranks (+ 8), K] in float32.
 
     Args:
         x: [M, K].
@@ -263,9 +261,10 @@ def reduce_down(
         seed, threshold: of the mask.
     """
     e = len(ranks.edges) - 1
-    return _launch_reduce(
+    shares = _launch_reduce(
         x, dlow, dlogits, (1.0,) * e, ranks, 1.0, span, seed, threshold, makes_up=False
     )
+    return shares.sum(0)
 
 
 def reduce_up(
@@ -278,7 +277,7 @@ def reduce_up(
     span: tuple[int, int],
 ) -> Tensor:
     """Shares of dB, [shares, N, ranks], where `spread` made none: a second pass over dY."""
-    return _launch_reduce(dy, low, gates, weights, ranks, scaling, span, None, 0, makes_up=True)[0]
+    return _launch_reduce(dy, low, gates, weights, ranks, scaling, span, None, 0, makes_up=True)
 
 
 def _launch_reduce(
@@ -293,18 +292,15 @@ def _launch_reduce(
     threshold: int,
     *,
     makes_up: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     m, c = source.shape
     first, width = span
     block_r = min(width, ranks.block)
     tile, tma = tile_for("reduce", ranks, source, dropout=threshold > 0)
     count = min(MOST_SHARES, triton.cdiv(m, tile.m))
     chunk = triton.cdiv(triton.cdiv(m, count), tile.m) * tile.m
-    shape = (c, width) if makes_up else (width, c)
+    shape = (c, width) if makes_up else (width + (gates is not None) * GATES.value, c)
     shares = source.new_empty(count, *shape, dtype=torch.float32)
-    gate_shares = None
-    if gates is not None and not makes_up:
-        gate_shares = shares.new_empty(count, GATES.value, c)
     _reduce[(triton.cdiv(c, tile.n), count, triton.cdiv(width, block_r))](
         source=described(source, tile.m, tile.n, tma),
         factor=factor,
@@ -312,7 +308,6 @@ def _launch_reduce(
         weights=tuple(weights),
         seed=seed,
         shares=shares,
-        gate_shares=gate_shares,
         threshold=threshold,
         scaling=scaling,
         M=m,
@@ -336,4 +331,4 @@ def _launch_reduce(
         PRECISION=precision(source.dtype),
         num_warps=tile.warps,
     )
-    return shares, gate_shares
+    return shares
