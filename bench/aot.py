@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -70,6 +70,7 @@ class Launch:
     constants: dict[Any, Any]
     divisible: tuple[Any, ...]
     warps: int
+    rows: int
     key: str = field(compare=False, default="")
 
 
@@ -114,32 +115,56 @@ HEADER = (
 def launches(target: str, dtype: torch.dtype) -> list[Launch]:
     """Every launch that the shipped tiles and flags lead to on a target, each once."""
     found: dict[str, Launch] = {}
+    setups = [
+        Setup((8, 8)),
+        Setup((8, 8), threshold=13),
+        Setup((64, 64)),
+        Setup((8, 8), rows=64),
+        Setup((5, 3, 9), columns=K + 1),
+    ]
+    if dtype == torch.bfloat16:  # what differs in flags only need not be made in every dtype
+        setups.append(Setup((16,) * 8, rows=M - 6))
+        setups.append(Setup((16, 16), transposed=True, gated=False))
+        setups.append(Setup((64, 64), threshold=13))
+        setups.append(Setup((130, 20)))
     with _recording(target, found):
-        for sizes, threshold, aligned in ((8, 8), 0, True), ((8, 8), 13, True), ((64, 64), 0, True):
-            _run_schedules(dtype, sizes, threshold, aligned)
-        _run_schedules(dtype, (5, 3, 9), 0, False)
+        for setup in setups:
+            _run_schedules(dtype, setup)
     return list(found.values())
 
 
-def _run_schedules(
-    dtype: torch.dtype, sizes: tuple[int, ...], threshold: int, aligned: bool
-) -> None:
+class Setup(NamedTuple):
+    """A layer whose launches are wanted: its adapters' ranks, and what else decides on kernels."""
+
+    sizes: tuple[int, ...]
+    threshold: int = 0
+    rows: int = M
+    columns: int = K
+    transposed: bool = False
+    gated: bool = True
+
+
+def _run_schedules(dtype: torch.dtype, setup: Setup) -> None:
     """Runs every schedule on tensors whose values do not matter."""
-    n, k = (N, K) if aligned else (N + 1, K + 1)
-    x, weight, dy = (torch.zeros(*shape, dtype=dtype) for shape in ((M, k), (n, k), (M, n)))
+    sizes, threshold, m, k, transposed, gated = setup
+    n = k + N - K
+    x, weight, dy = (torch.zeros(*shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
+    if transposed:
+        weight = weight.t().contiguous().t()
     downs = [torch.zeros(size, k) for size in sizes]
     ups = [torch.zeros(n, size) for size in sizes]
-    mixer = torch.zeros(len(sizes), k)
+    mixer = torch.zeros(len(sizes), k) if gated else None
     seed = torch.tensor(1) if threshold else None
     branches = Branches(downs, ups, mixer, None, 2.0, threshold, seed)
     ranks = tiles.side_by_side(sizes, dtype)
     for schedule in SCHEDULES:
-        rows = x[:16] if schedule == "decode" else x
+        rows = x[:16] if schedule == "decode" and m != tiles.DECODE_ROWS else x
         if tiles.unserved(schedule, rows, ranks, threshold > 0) is None:
             forced = branches._replace(schedule=schedule)
             fused.forward(rows, weight, torch.zeros(n, dtype=dtype), forced)
-    low, gates = x.new_zeros(M, sum(sizes)), x.new_zeros(M, len(sizes), dtype=torch.float32)
-    needs = [True, True] + ([True] + [False] * (len(sizes) - 1)) * 2
+    low = x.new_zeros(m, sum(sizes))
+    gates = x.new_zeros(m, len(sizes), dtype=torch.float32) if gated else None
+    needs = [True, gated] + ([True] + [False] * (len(sizes) - 1)) * 2
     for schedule in SCHEDULES:
         if tiles.unserved(schedule, dy, ranks, threshold > 0, backward=True) is None:
             forced = branches._replace(schedule=schedule)
@@ -188,14 +213,13 @@ def _described(kernel: JITFunction, given: dict[str, Any]) -> Launch:
         for name in ("TMA", "DROPOUT", "JOINT", "MAKES_UP", "BACKWARD", "BASE")
         if given.get(name)
     ]
-    dtype = next(
-        DTYPES[value.dtype if isinstance(value, Tensor) else value.base.dtype]
-        for name in ("x", "dy", "left", "source", "down")
-        if (value := given.get(name)) is not None
-    )
+    named = (given.get(name) for name in ("x", "dy", "left", "source", "down", "words"))
+    first = next(value for value in named if value is not None)
+    dtype = POINTED[first.dtype if isinstance(first, Tensor) else first.base.dtype]
+    rows = given.get("BLOCK_C", given.get("BLOCK_M", 0))
     label = " ".join([dtype, "x".join(str(size) for size in tile.values()), *flags])
     key = f"{kernel.__name__} {signature} {constants} {divisible} {warps}"
-    return Launch(kernel, label, signature, constants, tuple(divisible), warps, key)
+    return Launch(kernel, label, signature, constants, tuple(divisible), warps, rows, key)
 
 
 def _type_of(value: Any) -> Any:
@@ -228,8 +252,8 @@ def compile_launch(target: str, launch: Launch) -> Compiled:
         code = made.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
         spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
-    # Sixteen rows are too few for a Hopper warp group's product.
-    matrix = "HMMA" if kernel == "decode" and "cubin" in made.asm else limits.matrix
+    # A Hopper warp group's product has 64 rows; where a tile has fewer, the older one serves.
+    matrix = limits.matrix if launch.rows >= 64 else limits.matrix.replace("HG", "HG?")
     products = len(re.findall(matrix, code))
     faults = []
     if spilled:

@@ -151,19 +151,21 @@ def _backward(case: Case, schedule: str) -> list[Launch]:
     )
     strip = 2.0 * t.m * t.k * t.padded  # operations of dP down
     beside = t.strip + t.down + t.dlogits + t.mixer
+    words = t.m * -(-t.k // ELEMENTS_A_CALL) * SINGLE if t.mask else 0  # the mask as bits
     reduce_down = Launch(
-        t.x + t.strip + t.dlogits + down_shares + mixer_shares,
+        t.x + t.strip + t.dlogits + down_shares + mixer_shares + words,
         2.0 * t.m * t.k * (t.span + LOGITS),
-        t.mask,
     )
     launches = [t.pack()]
+    if t.mask:
+        launches.append(Launch(words, mask=t.mask))
     if schedule == "overlapped":
         moved = spread.moved + t.plain().moved + beside
         launches.append(Launch(moved, spread.product + t.base + strip))
     elif schedule == "split":
-        launches += [spread, Launch(t.plain().moved + beside, t.base + strip, t.mask)]
+        launches += [spread, Launch(t.plain().moved + beside + words, t.base + strip)]
     else:
-        launches += [spread, t.plain(), Launch(2 * t.x + beside, strip, t.mask)]
+        launches += [spread, t.plain(), Launch(2 * t.x + beside + words, strip)]
     if not joint:
         launches.append(Launch(t.y + t.low + t.gates + up_shares, 2.0 * t.m * t.n * t.span))
     sums = (

@@ -79,6 +79,8 @@ def mixed_lora_linear(
         seed = draw_seed(x.device)
     elif isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
+    else:
+        seed = seed.to(x.device)
     impl = implementation(impl, x, weight)
     if impl == "reference":
         return reference(

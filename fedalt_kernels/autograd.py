@@ -59,7 +59,7 @@ class MixedLoRA(torch.autograd.Function):
         branches = _branches(mixer, seed, constants, factors)
         forward, _ = _implementation(impl)
         made = () if strip is None else (strip,)
-        y, low, gates = forward(x.reshape(-1, k), weight, bias, branches, *made)
+        y, low, gates = forward(_rows(x, k), weight, bias, branches, *made)
         ctx.save_for_backward(x, weight, low, gates, mixer, seed, *factors)
         return y.view(*x.shape[:-1], n)
 
@@ -72,7 +72,7 @@ class MixedLoRA(torch.autograd.Function):
         asked = ctx.needs_input_grad
         needs = [asked[0], asked[3], *asked[7:]]
         _, backward = _implementation(ctx.constants[0])
-        rows, drows = x.reshape(-1, k), dy.reshape(-1, n).contiguous()
+        rows, drows = _rows(x, k), dy.reshape(-1, n).contiguous()
         # Autocast would change the dtype of some of these products under an in-place sum.
         with torch.autocast(x.device.type, enabled=False):
             grads = iter(backward(drows, rows, weight, low, gates, branches, needs))
@@ -80,6 +80,12 @@ class MixedLoRA(torch.autograd.Function):
         if dx is not None:
             dx = dx.view(x.shape)
         return dx, None, None, dmixer, None, None, None, *dfactors
+
+
+def _rows(x: Tensor, k: int) -> Tensor:
+    """x as [M, K] whose rows are contiguous and do not overlap."""
+    rows = x.reshape(-1, k)
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= k else rows.contiguous()
 
 
 def _branches(

@@ -50,6 +50,9 @@ def _unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:
             return f"the GPU must have compute capability 8.0 or more, got {capability}"
+    from .triton import workspace
+
+    workspace.prepare(device)
     return None
 
 

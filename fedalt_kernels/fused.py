@@ -15,8 +15,9 @@ Backward: overlapped, split and expand likewise, with dP for S; the sums over to
 dB, are launches of their own, but for dB of few ranks, which shares the read of dY that makes dP.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .triton import backward as backwards
 from .triton import tiles
 from .triton.contract import contract_with_strip
 from .triton.decode import decode
+from .triton.dropout import mask_words
 from .triton.forward import project, recompute
 from .triton.overlapped import overlapped, overlapped_backward
 from .triton.pack import pack
@@ -52,6 +54,18 @@ class Strip(NamedTuple):
     up: Tensor  # [N, RANKS]
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the first tensor's."""
+
+    @wraps(function)
+    def run(first: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *arguments)
+
+    return run
+
+
+@_on_its_device
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -69,6 +83,7 @@ def forward(
         strip: from `shared_strips`, where the layer shares its pass over x.
     """
     ranks = _ranks(branches, x.dtype)
+    bias = None if bias is None else bias.contiguous()
     schedule = branches.schedule
     if schedule is None:
         schedule = tiles.forward_schedule(x, weight, ranks, branches.threshold > 0)
@@ -79,19 +94,17 @@ def forward(
     weights = _weights(branches)
     scaling = branches.scaling
     if schedule == "decode":
-        downs, ups = _sources(branches.downs, x), _sources(branches.ups, x)
+        downs, ups = _sources(branches.downs), _sources(branches.ups)
         mixer = None if branches.mixer is None else branches.mixer.contiguous()
         return decode(x, weight, bias, downs, ups, mixer, weights, ranks, scaling)
     packed = _packed(x, [weight.shape[0]], [branches], ranks)
     down, up = packed.down[0], packed.ups[0]
     router = None if packed.router is None else packed.router[0]
     if schedule == "recompute":
-        return recompute(x, weight, bias, down, router, up, weights, ranks, scaling)
+        return recompute(x, weight, bias, down, router, up, weights, ranks)
     if schedule == "overlapped":
         seed, threshold = branches.seed, branches.threshold
-        return overlapped(
-            x, weight, bias, down, router, up, weights, ranks, scaling, seed, threshold
-        )
+        return overlapped(x, weight, bias, down, router, up, weights, ranks, seed, threshold)
     strip = _strips(x, packed, [branches], ranks)[0]
     return _with_strip(x, weight, bias, strip, ranks, schedule)
 
@@ -119,6 +132,7 @@ def worth_sharing(
     return schedules != {"overlapped"} or any(n < k for n, k in (w.shape for w in weights))
 
 
+@_on_its_device
 def shared_strips(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches]) -> list[Strip]:
     """S of several layers that read one x and differ only in values and outputs, in one pass."""
     ranks = _ranks(layers[0], x.dtype)
@@ -126,6 +140,7 @@ def shared_strips(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches])
     return _strips(x, packed, layers, ranks)
 
 
+@_on_its_device
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -177,11 +192,14 @@ def _rows_backward(
     dropout, schedule = branches.threshold > 0, branches.schedule
     if schedule is None or tiles.unserved(schedule, dy, ranks, dropout, backward=True):
         schedule = tiles.backward_schedule(dy, weight, ranks, dropout)
-    joint = joint if ranks.padded == ranks.block else None
+    joint = joint if ranks.padded <= tiles.WIDE_RANKS else None
     packed = _packed(x, [weight.shape[0]], [branches], ranks)
     down, up = packed.down[0], packed.ups[0]
     mixer = None if branches.mixer is None else branches.mixer.contiguous()
     weights, scaling = _weights(branches), branches.scaling
+    words = None
+    if branches.seed is not None:
+        words = mask_words(branches.seed, branches.threshold, *x.shape)
     grads = []
     if needs_x and schedule == "overlapped":
         dx, dlow, dlogits, shares = overlapped_backward(
@@ -200,8 +218,7 @@ def _rows_backward(
             backward=True,
             dlogits=dlogits,
             mixer=mixer,
-            seed=branches.seed,
-            threshold=branches.threshold,
+            words=words,
             base=dy @ weight if schedule == "expand" else None,  # [M, N] [N, K]
         )
         grads.append(dx)
@@ -209,9 +226,7 @@ def _rows_backward(
     if down_span or needs_mixer:
         span = down_span or (0, ranks.block)
         dlogits = dlogits if needs_mixer else None
-        rows = backwards.reduce_down(
-            x, dlow, dlogits, ranks, span, branches.seed, branches.threshold
-        )
+        rows = backwards.reduce_down(x, dlow, dlogits, ranks, span, words)
         if branches.mixer is not None and needs_mixer:
             mine = rows[span[1] : span[1] + count]
             grads.append(mine.to(branches.mixer.dtype))
@@ -241,10 +256,10 @@ def _weights(branches: Branches) -> Sequence[float]:
     return branches.weights or (1.0,) * len(branches.downs)
 
 
-def _sources(factors: Factors, x: Tensor) -> list[Tensor]:
-    """Factors as kernels read them: contiguous, and of one dtype where theirs differ."""
+def _sources(factors: Factors) -> list[Tensor]:
+    """Factors as kernels read them: contiguous, and of one dtype."""
     mixed = len({factor.dtype for factor in factors}) > 1
-    return [(factor.to(x.dtype) if mixed else factor).contiguous() for factor in factors]
+    return [(factor.float() if mixed else factor).contiguous() for factor in factors]
 
 
 def _packed(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches], ranks: Ranks) -> Packed:
@@ -254,9 +269,10 @@ def _packed(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches], ranks
     ups = [x.new_empty(n, ranks.padded) for n in outputs]
     for i, branches in enumerate(layers):
         pack(
-            _sources(branches.downs, x),
-            _sources(branches.ups, x),
+            _sources(branches.downs),
+            _sources(branches.ups),
             None if branches.mixer is None else branches.mixer.contiguous(),
+            branches.scaling,
             ranks,
             down[i],
             None if router is None else router[i],
@@ -276,7 +292,6 @@ def _strips(x: Tensor, packed: Packed, layers: Sequence[Branches], ranks: Ranks)
         packed.router,
         _weights(first),
         ranks,
-        first.scaling,
         seeds,
         first.threshold,
     )

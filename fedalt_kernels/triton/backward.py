@@ -15,7 +15,7 @@ from .primitives import (
     GATES,
     LOGITS,
     dot,
-    keep_block,
+    kept_bits,
     load_block,
     rounded,
     split_parts,
@@ -98,19 +98,19 @@ def spread(
     scaling: float,
     span: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dP, s dl and shares of dB, in one pass over dY.
+    """dP, dl and shares of dB, in one pass over dY.
 
     Args:
         dy: [M, N].
-        up: [N, RANKS], the packed up-projections.
+        up: [N, RANKS], the packed up-projections, s included.
         low, gates: P [M, R] and g [M, E] or None, from the forward.
         weights: E fixed gates, where there are no others.
-        scaling: s.
+        scaling: s, for dB.
         span: (first rank, number of ranks, padded to a power of two) of the dB that is wanted of
             the same pass, or None.
 
     Returns:
-        dP [M, RANKS] in dY's dtype, s dl [M, 8] in float32 or None without gates, and dB's shares
+        dP [M, RANKS] in dY's dtype, dl [M, 8] in float32 or None without gates, and dB's shares
         [row blocks, N, ranks of the span] in float32 or None without a span.
     """
     m, n = dy.shape
@@ -125,7 +125,7 @@ def spread(
         dlow=dlow,
         dlogits=dlogits,
         dup=dup,
-        scaling=scaling,
+        scaling=float(scaling),
         M=m,
         stride_dy=dy.stride(0),
         N=n,
@@ -140,7 +140,7 @@ def spread(
         STAGES=tile.stages,
         GATED=gates is not None,
         JOINT=span is not None,
-        EVEN_M=m % tile.m == 0,
+        EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(dy.dtype),
         num_warps=tile.warps,
@@ -154,9 +154,8 @@ def _reduce(
     factor,
     gates,
     weights,
-    seed,
+    words,
     shares,
-    threshold,
     scaling,
     M,
     chunk,
@@ -182,7 +181,7 @@ def _reduce(
 
     MAKES_UP: source is dY, factor is P to be gated, and shares of dB [shares, C, SPAN] result.
     Else source is x, under the mask if DROPOUT; factor is dP [M, COLUMNS], and `gates`, if GATED,
-    are s dl [M, 8]: shares of dA and below it, if GATED, of dG [shares, SPAN + 8, C] result.
+    are dl [M, 8]: shares of dA and below it, if GATED, of dG [shares, SPAN + 8, C] result.
     """
     at = tl.program_id(0) * BLOCK_C
     share = tl.program_id(1)
@@ -190,7 +189,10 @@ def _reduce(
     EVEN_C: tl.constexpr = C % BLOCK_C == 0
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     parts = tl.zeros((BLOCK_C, LOGITS), tl.float32)
-    for row in tl.range(share * chunk, min(M, share * chunk + chunk), BLOCK_M, num_stages=STAGES):
+    first = share * chunk
+    last = min(M, first + chunk)
+    tl.assume(first < last)  # else ptxas waits for every product before the next (C7515)
+    for row in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         b_source = load_block(
             source, row, at, M, C, stride_source, BLOCK_M, BLOCK_C, EVEN_M and EVEN_C, TMA
         )
@@ -203,7 +205,6 @@ def _reduce(
                 factor,
                 b_gates,
                 weights,
-                scaling,
                 row,
                 FIRST + rank,
                 M,
@@ -227,12 +228,14 @@ def _reduce(
                 b_part = split_parts(b_part, is_low, b_source.dtype, PRECISION)
                 parts = dot(b_source.T, b_part, parts, PRECISION)  # [c, m] [m, 16]
             if DROPOUT:
-                keep = keep_block(tl.load(seed), threshold, row, at, C, BLOCK_M, BLOCK_C)
+                keep = kept_bits(words, row, at, M, C, BLOCK_M, BLOCK_C)
                 b_source = tl.where(keep, b_source, 0.0).to(b_source.dtype)
         acc = dot(b_source.T, b_factor, acc, PRECISION)  # [c, m] [m, r]
     if MAKES_UP:
         shares += share.to(tl.int64) * C * SPAN
-        store_block(shares, acc, at, rank, C, SPAN, SPAN, BLOCK_C, BLOCK_R, False, PRECISION)
+        store_block(
+            shares, acc * scaling, at, rank, C, SPAN, SPAN, BLOCK_C, BLOCK_R, False, PRECISION
+        )
     else:
         ROWS: tl.constexpr = SPAN + GATES if GATED else SPAN
         shares += share.to(tl.int64) * C * ROWS
@@ -249,21 +252,18 @@ def reduce_down(
     dlogits: Tensor | None,
     ranks: Ranks,
     span: tuple[int, int],
-    seed: Tensor | None,
-    threshold: int,
+    words: Tensor | None,
 ) -> Tensor:
-    """dA of a span of ranks and below it, if there is s dl, dG: [ranks (+ 8), K] in float32.
+    """dA of a span of ranks and below it, if there is dl, dG: [ranks (+ 8), K] in float32.
 
     Args:
         x: [M, K].
-        dlow, dlogits: dP [M, RANKS] and s dl [M, 8] from `spread`; no s dl where dG is not wanted.
+        dlow, dlogits: dP [M, RANKS] and dl [M, 8] from `spread`; no dl where dG is not wanted.
         span: as of `spread`.
-        seed, threshold: of the mask.
+        words: the mask, from `dropout.mask_words`, or None without dropout.
     """
     e = len(ranks.edges) - 1
-    shares = _launch_reduce(
-        x, dlow, dlogits, (1.0,) * e, ranks, 1.0, span, seed, threshold, makes_up=False
-    )
+    shares = _launch_reduce(x, dlow, dlogits, (1.0,) * e, ranks, 1.0, span, words, makes_up=False)
     return shares.sum(0)
 
 
@@ -277,7 +277,7 @@ def reduce_up(
     span: tuple[int, int],
 ) -> Tensor:
     """Shares of dB, [shares, N, ranks], where `spread` made none: a second pass over dY."""
-    return _launch_reduce(dy, low, gates, weights, ranks, scaling, span, None, 0, makes_up=True)
+    return _launch_reduce(dy, low, gates, weights, ranks, scaling, span, None, makes_up=True)
 
 
 def _launch_reduce(
@@ -288,17 +288,17 @@ def _launch_reduce(
     ranks: Ranks,
     scaling: float,
     span: tuple[int, int],
-    seed: Tensor | None,
-    threshold: int,
+    words: Tensor | None,
     *,
     makes_up: bool,
 ) -> Tensor:
     m, c = source.shape
     first, width = span
     block_r = min(width, ranks.block)
-    tile, tma = tile_for("reduce", ranks, source, dropout=threshold > 0)
+    tile, tma = tile_for("reduce", ranks, source, dropout=words is not None)
     count = min(MOST_SHARES, triton.cdiv(m, tile.m))
     chunk = triton.cdiv(triton.cdiv(m, count), tile.m) * tile.m
+    count = triton.cdiv(m, chunk)  # no share is empty
     shape = (c, width) if makes_up else (width + (gates is not None) * GATES.value, c)
     shares = source.new_empty(count, *shape, dtype=torch.float32)
     _reduce[(triton.cdiv(c, tile.n), count, triton.cdiv(width, block_r))](
@@ -306,10 +306,9 @@ def _launch_reduce(
         factor=factor,
         gates=gates,
         weights=tuple(weights),
-        seed=seed,
+        words=words,
         shares=shares,
-        threshold=threshold,
-        scaling=scaling,
+        scaling=float(scaling),
         M=m,
         chunk=chunk,
         stride_source=source.stride(0),
@@ -325,8 +324,8 @@ def _launch_reduce(
         STAGES=tile.stages,
         GATED=gates is not None,
         MAKES_UP=makes_up,
-        DROPOUT=threshold > 0,
-        EVEN_M=m % tile.m == 0,
+        DROPOUT=words is not None,
+        EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(source.dtype),
         num_warps=tile.warps,

@@ -8,7 +8,7 @@ from .primitives import (
     add_mixer,
     add_strip,
     contract,
-    keep_block,
+    kept_bits,
     load_block,
     store_block,
     tile_at,
@@ -25,9 +25,8 @@ def _contract(
     bias,
     dlogits,
     mixer,
-    seed,
+    words,
     out,
-    threshold,
     M,
     stride_left,
     stride_weight,
@@ -59,10 +58,8 @@ def _contract(
     acc = add_strip(
         acc, strip, side, row, at, M, C, RANKS, BLOCK_M, BLOCK_N, BLOCK_R, not BACKWARD, PRECISION
     )
-    if BACKWARD and DROPOUT:
-        seed_value = tl.load(seed)
-        keep = keep_block(seed_value, threshold, row, at, C, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep, acc, 0.0)
+    if DROPOUT:
+        acc = tl.where(kept_bits(words, row, at, M, C, BLOCK_M, BLOCK_N), acc, 0.0)
     if BASE:
         acc = contract(
             acc,
@@ -105,8 +102,7 @@ def contract_with_strip(
     backward: bool = False,
     dlogits: Tensor | None = None,
     mixer: Tensor | None = None,
-    seed: Tensor | None = None,
-    threshold: int = 0,
+    words: Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
     """Forward x Wᵀ + S upᵀ + b; backward dY W + mask ⊙ (dP down) + dl G.
@@ -118,9 +114,9 @@ def contract_with_strip(
         side: up [N, RANKS], or backward down [RANKS, K].
         bias: [N] or None.
         backward: which of the two.
-        dlogits: s dl [M, 8] in float32, or None without a mixer.
+        dlogits: dl [M, 8] in float32, or None without a mixer.
         mixer: [E, K], contiguous, with `dlogits`.
-        seed, threshold: of the mask.
+        words: the mask, from `dropout.mask_words`, or None without dropout.
         base: the base product where it has been made already; it is overwritten by the result.
     """
     m = left.shape[0]
@@ -128,9 +124,9 @@ def contract_with_strip(
     rows = stored(weight)
     out_major = (rows is weight) != backward  # whether the contraction runs along its rows
     out = left.new_empty(m, columns) if base is None else base
-    dropout = backward and threshold > 0
+    dropout = words is not None
     kernel = "contract_backward" if backward else "contract"
-    tile, tma = tile_for(kernel, ranks, left, rows, out, dropout=dropout)
+    tile, tma = tile_for(kernel, ranks, left, rows, out, dropout=dropout, columns=columns)
     wide = (tile.n, tile.k) if out_major else (tile.k, tile.n)
     _contract[(triton.cdiv(m, tile.m) * triton.cdiv(columns, tile.n),)](
         left=described(left, tile.m, tile.k, tma),
@@ -140,9 +136,8 @@ def contract_with_strip(
         bias=bias,
         dlogits=dlogits,
         mixer=mixer,
-        seed=seed,
+        words=words,
         out=described(out, tile.m, tile.n, tma),
-        threshold=threshold,
         M=m,
         stride_left=left.stride(0),
         stride_weight=rows.stride(0),
@@ -162,7 +157,7 @@ def contract_with_strip(
         GATED=dlogits is not None,
         DROPOUT=dropout,
         OUT_MAJOR=out_major,
-        EVEN_M=m % tile.m == 0,
+        EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(left.dtype),
         num_warps=tile.warps,

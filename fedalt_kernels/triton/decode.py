@@ -58,7 +58,8 @@ def _slice(
     b_low = tl.zeros((BLOCK_M, RANKS), tl.float32)
     parts = tl.zeros((BLOCK_M, LOGITS), tl.float32)
     o_rank = tl.arange(0, RANKS)
-    for k in tl.range(program * LENGTH, min(K, program * LENGTH + LENGTH), BLOCK_K):
+    last = min(K, program * LENGTH + LENGTH)
+    for k in tl.range(program * LENGTH, last, BLOCK_K, num_stages=2):
         o_k = k + tl.arange(0, BLOCK_K)
         b_x = load_block(x, 0, k, M, K, stride_x, BLOCK_M, BLOCK_K, False, False)
         p_down = down_pointers(downs, o_rank, K, E, EDGES)[:, None] + o_k[None, :]
@@ -82,7 +83,6 @@ def _finish(
     low,
     gated,
     gates,
-    scaling,
     M,
     E: tl.constexpr,
     EDGES: tl.constexpr,
@@ -102,7 +102,7 @@ def _finish(
         parts += load_block(here, 0, RANKS, BLOCK_M, WIDTH, WIDTH, BLOCK_M, LOGITS, True, False)
     b_gates = softmax_gates(parts, E)
     wide = spread_gates(b_gates, weights, tl.arange(0, RANKS), E, EDGES, GATED)
-    b_gated = b_low * wide * scaling
+    b_gated = b_low * wide
     store_block(gated, b_gated, 0, 0, BLOCK_M, RANKS, RANKS, BLOCK_M, RANKS, False, PRECISION)
     store_block(low, b_low, 0, 0, M, EDGES[E], EDGES[E], BLOCK_M, RANKS, False, PRECISION)
     if GATED:
@@ -174,7 +174,6 @@ def _decode(
                 low,
                 gated,
                 gates,
-                scaling,
                 M,
                 E,
                 EDGES,
@@ -191,7 +190,7 @@ def _decode(
         o_rank = tl.arange(0, RANKS)
         m_up = (o_n < N)[:, None] & (o_rank < EDGES[E])[None, :]
         p_up = up_pointers(ups, o_n, o_rank, E, EDGES)
-        b_up = tl.load(p_up, mask=m_up, other=0.0).to(tl.float32)
+        b_up = tl.load(p_up, mask=m_up, other=0.0).to(tl.float32) * scaling
         EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -205,7 +204,7 @@ def _decode(
                     weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, EVEN, False
                 )
             acc = dot(b_x, b_weight, acc, PRECISION)  # [m, k] [k, n]
-        wait_for(ready, 1)
+        wait_for(ready)
         b_gated = load_block(gated, 0, 0, BLOCK_M, RANKS, RANKS, BLOCK_M, RANKS, True, False)
         b_up = rounded(b_up, b_gated.dtype, PRECISION)
         acc = dot(b_gated, b_up.T, acc, PRECISION)  # [m, r] [r, n]
@@ -257,7 +256,7 @@ def decode(
         gates=gates,
         partial=x.new_empty(SLICES, block_m, width, dtype=torch.float32),
         counts=counters(x.device, 3),
-        scaling=scaling,
+        scaling=float(scaling),
         M=m,
         stride_x=x.stride(0),
         stride_weight=rows.stride(0),

@@ -28,7 +28,7 @@ from .strips import project_rows
 from .tiles import GROUP_M, Ranks, described, precision, stored, tile_for
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "layers"])
 def _project(
     x,
     down,
@@ -39,7 +39,7 @@ def _project(
     gated,
     gates,
     threshold,
-    scaling,
+    layers,
     M,
     stride_x,
     K: tl.constexpr,
@@ -57,16 +57,16 @@ def _project(
     PRECISION: tl.constexpr,
 ):
     """`project_rows` for every block of rows, and for every layer that reads this x."""
-    member = tl.program_id(0).to(tl.int64)  # fastest, so that members find x in the L2 cache
+    # Layers take turns, so that those after the first find x in the L2 cache.
+    member = (tl.program_id(0) % layers).to(tl.int64)
     project_rows(
-        tl.program_id(1),
+        tl.program_id(0) // layers,
         x,
         down,
         router,
         weights,
         tl.load(seeds + member) if DROPOUT else 0,
         threshold,
-        scaling,
         low + member * M * EDGES[E],
         gated + member * M * RANKS,
         gates + member * M * E if GATED else gates,
@@ -96,7 +96,6 @@ def project(
     router: Tensor | None,
     weights: Sequence[float],
     ranks: Ranks,
-    scaling: float,
     seeds: Tensor | None,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -107,7 +106,6 @@ def project(
         down: [L, RANKS, K], the packed down-projections, in x's dtype.
         router: [L, 16, K], the packed mixers, or None: `weights` gate.
         weights: E fixed gates.
-        scaling: s.
         seeds: int64 [L], or None without dropout.
         threshold: bytes of the mask below it are dropped.
 
@@ -122,7 +120,7 @@ def project(
     flat = down.view(-1, k)
     rows = None if router is None else router.view(-1, k)
     tile, tma = tile_for("project", ranks, x, flat, dropout=threshold > 0)
-    grid = (layers, triton.cdiv(m, tile.m) * (ranks.padded // ranks.block))
+    grid = (layers * triton.cdiv(m, tile.m) * (ranks.padded // ranks.block),)
     _project[grid](
         x=described(x, tile.m, tile.k, tma),
         down=described(flat, ranks.block, tile.k, tma),
@@ -133,7 +131,7 @@ def project(
         gated=gated,
         gates=gates,
         threshold=threshold,
-        scaling=scaling,
+        layers=layers,
         M=m,
         stride_x=x.stride(0),
         K=k,
@@ -146,7 +144,7 @@ def project(
         STAGES=tile.stages,
         GATED=router is not None,
         DROPOUT=threshold > 0,
-        EVEN_M=m % tile.m == 0,
+        EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(x.dtype),
         num_warps=tile.warps,
@@ -166,7 +164,6 @@ def _recompute(
     y,
     low,
     gates,
-    scaling,
     M,
     stride_x,
     stride_weight,
@@ -210,7 +207,7 @@ def _recompute(
     b_gates = softmax_gates(parts, E)
     wide = spread_gates(b_gates, weights, tl.arange(0, RANKS), E, EDGES, GATED)
     b_up = load_block(up, at, 0, N, RANKS, RANKS, BLOCK_N, RANKS, N % BLOCK_N == 0, False)
-    b_gated = rounded(b_low * wide * scaling, b_up.dtype, PRECISION)
+    b_gated = rounded(b_low * wide, b_up.dtype, PRECISION)
     acc = dot(b_gated, b_up.T, acc, PRECISION)  # [m, r] [r, n]
     if BIAS:
         o_n = at + tl.arange(0, BLOCK_N)
@@ -231,7 +228,6 @@ def recompute(
     up: Tensor,
     weights: Sequence[float],
     ranks: Ranks,
-    scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `overlapped`, without dropout and for ranks that fit into one block."""
     m, k = x.shape
@@ -240,7 +236,7 @@ def recompute(
     gates = None if router is None else x.new_empty(m, e, dtype=torch.float32)
     rows = stored(weight)
     out_major = rows is weight
-    tile, tma = tile_for("recompute", ranks, x, rows, y)
+    tile, tma = tile_for("recompute", ranks, x, rows, y, down)
     _recompute[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
         x=described(x, tile.m, tile.k, tma),
         weight=described(rows, *((tile.n, tile.k) if out_major else (tile.k, tile.n)), tma),
@@ -252,7 +248,6 @@ def recompute(
         y=described(y, tile.m, tile.n, tma),
         low=low,
         gates=gates,
-        scaling=scaling,
         M=m,
         stride_x=x.stride(0),
         stride_weight=rows.stride(0),
@@ -269,7 +264,7 @@ def recompute(
         BIAS=bias is not None,
         GATED=router is not None,
         OUT_MAJOR=out_major,
-        EVEN_M=m % tile.m == 0,
+        EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(x.dtype),
         num_warps=tile.warps,

@@ -16,17 +16,18 @@ from torch import Tensor
 from .primitives import (
     LOGITS,
     add_mixer,
-    add_strip,
+    await_strip,
     contract,
     leave_clean,
     publish,
     store_block,
     tile_at,
-    wait_for,
 )
 from .strips import project_rows, spread_outputs, spread_rows
-from .tiles import GROUP_M, Ranks, described, precision, programs, stored, tile_for
+from .tiles import GROUP_M, Ranks, Tile, described, precision, programs, stored, tile_for
 from .workspace import counters
+
+MOST_STAGES = 7
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -45,7 +46,6 @@ def _overlapped(
     gates,
     counts,
     threshold,
-    scaling,
     M,
     stride_x,
     stride_weight,
@@ -60,6 +60,7 @@ def _overlapped(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
+    STRIP_STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -69,15 +70,12 @@ def _overlapped(
     PRECISION: tl.constexpr,
 ):
     """Work items in the order of a ticket, blocks of S first, then the tiles of y."""
-    RANK_BLOCKS: tl.constexpr = RANKS // BLOCK_R
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    strips = tiles_m * RANK_BLOCKS
     flags = counts + 2
     item = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
-    while item < strips + tiles_m * tiles_n:
-        following = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
-        if item < strips:
+    while item < tiles_m + tiles_m * tiles_n:
+        if item < tiles_m:
             project_rows(
                 item,
                 x,
@@ -86,7 +84,6 @@ def _overlapped(
                 weights,
                 tl.load(seed) if DROPOUT else 0,
                 threshold,
-                scaling,
                 low,
                 gated,
                 gates,
@@ -101,16 +98,16 @@ def _overlapped(
                 BLOCK_M,
                 BLOCK_K,
                 BLOCK_R,
-                STAGES,
+                STRIP_STAGES,
                 GATED,
                 DROPOUT,
                 EVEN_M,
                 TMA,
                 PRECISION,
             )
-            publish(flags + item // RANK_BLOCKS)
+            publish(flags + item)
         else:
-            tile_m, tile_n = tile_at(item - strips, tiles_m, tiles_n, GROUP_M)
+            tile_m, tile_n = tile_at(item - tiles_m, tiles_m, tiles_n, GROUP_M)
             row, at = tile_m * BLOCK_M, tile_n * BLOCK_N
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             acc = contract(
@@ -133,15 +130,27 @@ def _overlapped(
                 TMA,
                 PRECISION,
             )
-            wait_for(flags + tile_m, RANK_BLOCKS)
-            acc = add_strip(
-                acc, gated, up, row, at, M, N, RANKS, BLOCK_M, BLOCK_N, BLOCK_R, True, PRECISION
-            )
             if BIAS:
                 o_n = at + tl.arange(0, BLOCK_N)
                 acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+            acc = await_strip(
+                acc,
+                flags + tile_m,
+                gated,
+                up,
+                row,
+                at,
+                M,
+                N,
+                RANKS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_R,
+                True,
+                PRECISION,
+            )
             store_block(y, acc, row, at, M, N, N, BLOCK_M, BLOCK_N, TMA, PRECISION)
-        item = following
+        item = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
     leave_clean(counts, 2 + tiles_m)
 
 
@@ -154,7 +163,6 @@ def overlapped(
     up: Tensor,
     weights: Sequence[float],
     ranks: Ranks,
-    scaling: float,
     seed: Tensor | None,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -166,7 +174,7 @@ def overlapped(
     gates = None if router is None else x.new_empty(m, e, dtype=torch.float32)
     rows = stored(weight)
     out_major = rows is weight
-    tile, tma = tile_for("overlapped", ranks, x, rows, y, dropout=threshold > 0)
+    tile, tma = tile_for("overlapped", ranks, x, rows, y, down, dropout=threshold > 0, columns=n)
     _overlapped[(programs(x.device),)](
         x=described(x, tile.m, tile.k, tma),
         weight=described(rows, *((tile.n, tile.k) if out_major else (tile.k, tile.n)), tma),
@@ -182,7 +190,6 @@ def overlapped(
         gates=gates,
         counts=counters(x.device, 2 + triton.cdiv(m, tile.m)),
         threshold=threshold,
-        scaling=scaling,
         M=m,
         stride_x=x.stride(0),
         stride_weight=rows.stride(0),
@@ -197,11 +204,12 @@ def overlapped(
         BLOCK_R=ranks.block,
         GROUP_M=GROUP_M,
         STAGES=tile.stages,
+        STRIP_STAGES=strip_stages(tile, ranks),
         BIAS=bias is not None,
         GATED=router is not None,
         DROPOUT=threshold > 0,
         OUT_MAJOR=out_major,
-        EVEN_M=m % tile.m == 0,
+        EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(x.dtype),
         num_warps=tile.warps,
@@ -241,6 +249,7 @@ def _overlapped_backward(
     SPAN: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
+    STRIP_STAGES: tl.constexpr,
     GATED: tl.constexpr,
     JOINT: tl.constexpr,
     OUT_MAJOR: tl.constexpr,
@@ -254,7 +263,6 @@ def _overlapped_backward(
     flags = counts + 2
     item = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
     while item < tiles_m + tiles_m * tiles_n:
-        following = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
         if item < tiles_m:
             spread_rows(
                 item,
@@ -278,7 +286,7 @@ def _overlapped_backward(
                 BLOCK_R,
                 FIRST,
                 SPAN,
-                STAGES,
+                STRIP_STAGES,
                 GATED,
                 JOINT,
                 EVEN_M,
@@ -310,14 +318,26 @@ def _overlapped_backward(
                 TMA,
                 PRECISION,
             )
-            wait_for(flags + tile_m, 1)
-            acc = add_strip(
-                acc, dlow, down, row, at, M, K, RANKS, BLOCK_M, BLOCK_N, BLOCK_R, False, PRECISION
+            acc = await_strip(
+                acc,
+                flags + tile_m,
+                dlow,
+                down,
+                row,
+                at,
+                M,
+                K,
+                RANKS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_R,
+                False,
+                PRECISION,
             )
             if GATED:
                 acc = add_mixer(acc, dlogits, mixer, row, at, M, K, E, BLOCK_M, BLOCK_N)
             store_block(dx, acc, row, at, M, K, K, BLOCK_M, BLOCK_N, TMA, PRECISION)
-        item = following
+        item = tl.atomic_add(counts, 1, sem="relaxed", scope="gpu")
     leave_clean(counts, 2 + tiles_m)
 
 
@@ -338,7 +358,7 @@ def overlapped_backward(
     m, n = dy.shape
     k = weight.shape[1]
     dx, rows = dy.new_empty(m, k), stored(weight)
-    tile, tma = tile_for("overlapped_backward", ranks, dy, rows, dx)
+    tile, tma = tile_for("overlapped_backward", ranks, dy, rows, dx, columns=k)
     dlow, dlogits, dup = spread_outputs(dy, ranks, gates, span, tile.m)
     out_major = rows is not weight
     _overlapped_backward[(programs(dy.device),)](
@@ -355,7 +375,7 @@ def overlapped_backward(
         dlogits=dlogits,
         dup=dup,
         counts=counters(dy.device, 2 + triton.cdiv(m, tile.m)),
-        scaling=scaling,
+        scaling=float(scaling),
         M=m,
         stride_dy=dy.stride(0),
         stride_weight=rows.stride(0),
@@ -372,12 +392,19 @@ def overlapped_backward(
         SPAN=span[1] if span else 0,
         GROUP_M=GROUP_M,
         STAGES=tile.stages,
+        STRIP_STAGES=strip_stages(tile, ranks),
         GATED=gates is not None,
         JOINT=span is not None,
         OUT_MAJOR=out_major,
-        EVEN_M=m % tile.m == 0,
+        EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(dy.dtype),
         num_warps=tile.warps,
     )
     return dx, dlow, dlogits, dup
+
+
+def strip_stages(tile: Tile, ranks: Ranks) -> int:
+    """As many pipeline stages for the strips as fit into the memory that the base product takes."""
+    width = tile.m + ranks.block + LOGITS.value
+    return max(2, min(MOST_STAGES, (tile.m + tile.n) * tile.stages // width))

@@ -21,6 +21,7 @@ def _pack(
     down,
     router,
     up,
+    scaling,
     K: tl.constexpr,
     N: tl.constexpr,
     E: tl.constexpr,
@@ -54,7 +55,7 @@ def _pack(
             o_rank = rank + tl.arange(0, BLOCK_R)
             p_up = up_pointers(ups, o_n, o_rank, E, EDGES)
             m_up = (o_n < N)[:, None] & (o_rank < EDGES[E])[None, :]
-            b_up = tl.load(p_up, mask=m_up, other=0.0).to(tl.float32)
+            b_up = tl.load(p_up, mask=m_up, other=0.0).to(tl.float32) * scaling
             store_block(up, b_up, n, rank, N, RANKS, RANKS, BLOCK, BLOCK_R, False, PRECISION)
 
 
@@ -62,12 +63,15 @@ def pack(
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     mixer: Tensor | None,
+    scaling: float,
     ranks: Ranks,
     down: Tensor,
     router: Tensor | None,
     up: Tensor,
 ) -> None:
-    """Fills down [RANKS, K], router [16, K] and up [N, RANKS], in x's dtype, zero where nothing is.
+    """Fills down [RANKS, K], router [16, K] and up = s B [N, RANKS], zero where nothing is.
+
+    All in x's dtype.  s goes into up, where it cannot overflow float16 as it could in S.
 
     Args:
         downs, ups: E of A_e [r_e, K] and of B_e [N, r_e], contiguous and of one dtype.
@@ -82,6 +86,7 @@ def pack(
         down=down,
         router=router,
         up=up,
+        scaling=float(scaling),
         K=k,
         N=n,
         E=len(downs),

@@ -63,7 +63,7 @@ def load_block(
             return tl.load(p_block)
         else:
             m_block = (o_row[:, None] < rows) & (o_column[None, :] < columns)
-            return tl.load(p_block, mask=m_block, other=0.0)
+            return tl.load(p_block, mask=m_block, other=0)
 
 
 @triton.jit
@@ -168,16 +168,81 @@ def add_strip(
     """acc + strip [M, RANKS] · side; side is [C, RANKS] if SIDE_OUT_MAJOR, else [RANKS, C]."""
     for r in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         b_strip = load_block(strip, row, r, M, RANKS, RANKS, BLOCK_M, BLOCK_R, False, False)
-        if SIDE_OUT_MAJOR:
-            b_side = load_block(
-                side, column, r, C, RANKS, RANKS, BLOCK_N, BLOCK_R, C % BLOCK_N == 0, False
-            ).T
-        else:
-            b_side = load_block(
-                side, r, column, RANKS, C, C, BLOCK_R, BLOCK_N, C % BLOCK_N == 0, False
-            )
+        b_side = load_side(side, r, column, C, RANKS, BLOCK_N, BLOCK_R, SIDE_OUT_MAJOR)
         acc = dot(b_strip, b_side, acc, PRECISION)  # [m, r] [r, n]
     return acc
+
+
+@triton.jit
+def load_side(
+    side,
+    rank,
+    column,
+    C: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SIDE_OUT_MAJOR: tl.constexpr,
+):
+    """[BLOCK_R, BLOCK_N] of the side of a strip."""
+    EVEN: tl.constexpr = C % BLOCK_N == 0
+    if SIDE_OUT_MAJOR:
+        return load_block(side, column, rank, C, RANKS, RANKS, BLOCK_N, BLOCK_R, EVEN, False).T
+    else:
+        return load_block(side, rank, column, RANKS, C, C, BLOCK_R, BLOCK_N, EVEN, False)
+
+
+@triton.jit
+def wait_for(flag):
+    """Spin until it has been announced.  A read-modify-write that adds nothing, since a plain spin
+    followed by an acquire whose result is unused is deleted by the compiler."""
+    while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") == 0:
+        pass
+
+
+@triton.jit
+def await_strip(
+    acc,
+    flag,
+    strip,
+    side,
+    row,
+    column,
+    M,
+    C: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SIDE_OUT_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`add_strip` once the strip has been announced at `flag`.
+
+    A small side is read before the wait, whose latency it then shares.
+    """
+    if RANKS == BLOCK_R and RANKS <= 32:
+        b_side = load_side(side, 0, column, C, RANKS, BLOCK_N, BLOCK_R, SIDE_OUT_MAJOR)
+        wait_for(flag)
+        b_strip = load_block(strip, row, 0, M, RANKS, RANKS, BLOCK_M, BLOCK_R, False, False)
+        return dot(b_strip, b_side, acc, PRECISION)  # [m, r] [r, n]
+    else:
+        wait_for(flag)
+        return add_strip(
+            acc,
+            strip,
+            side,
+            row,
+            column,
+            M,
+            C,
+            RANKS,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_R,
+            SIDE_OUT_MAJOR,
+            PRECISION,
+        )
 
 
 @triton.jit
@@ -228,7 +293,7 @@ def add_mixer(
     """acc + dl G, E products of rank one in float32."""
     b_dlogits = load_block(dlogits, row, 0, M, GATES, GATES, BLOCK_M, GATES, False, False)
     o_k = at + tl.arange(0, BLOCK_N)
-    for e in tl.static_range(E):
+    for e in tl.range(0, E, num_stages=1):  # unrolled, eight rows at once would spill
         b_mixer = tl.load(mixer + e * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
         acc += column(b_dlogits, e)[:, None] * b_mixer[None, :]  # [m] [n]
     return acc
@@ -304,18 +369,21 @@ def keep_block(
 
 
 @triton.jit
+def kept_bits(words, row, column, M, K: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """`keep_block` from the words of `dropout.mask_words` [M, calls]."""
+    CALLS: tl.constexpr = (K + MASK_GROUP - 1) // MASK_GROUP
+    GROUPS: tl.constexpr = WIDTH // MASK_GROUP
+    first = column // MASK_GROUP
+    b_words = load_block(words, row, first, M, CALLS, CALLS, HEIGHT, GROUPS, False, False)
+    bits = (b_words[:, :, None] >> tl.arange(0, MASK_GROUP)[None, None, :]) & 1
+    return tl.reshape(bits, (HEIGHT, WIDTH)) != 0
+
+
+@triton.jit
 def publish(flag):
     """Announce that what this program has written may be read."""
     tl.debug_barrier()  # without it only the announcing thread's writes are ordered
     tl.atomic_add(flag, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def wait_for(flag, count):
-    """Spin until `count` programs have announced.  A read-modify-write that adds nothing, since a
-    plain spin followed by an acquire whose result is unused is deleted by the compiler."""
-    while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < count:
-        pass
 
 
 @triton.jit

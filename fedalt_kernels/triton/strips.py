@@ -33,7 +33,6 @@ def project_rows(
     weights,
     seed,
     threshold,
-    scaling,
     low,
     gated,
     gates,
@@ -55,7 +54,7 @@ def project_rows(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P = x~ downᵀ, g = softmax(x Gᵀ) and S = s g P, for one block of rows and one of ranks.
+    """P = x~ downᵀ, g = softmax(x Gᵀ) and S = g P, for one block of rows and one of ranks.
 
     The down-projections begin at row `down_row` of `down`, the mixer's parts at `router_row` of
     `router`.  Writes low = P [M, EDGES[E]], gated = S [M, RANKS], gates = g [M, E].
@@ -85,7 +84,7 @@ def project_rows(
     wide = spread_gates(b_gates, weights, o_rank, E, EDGES, GATED)
     store_block(
         gated,
-        b_low * wide * scaling,
+        b_low * wide,
         row,
         rank,
         M,
@@ -132,9 +131,9 @@ def spread_rows(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """T = dY up, dP = s g T and s dl = s g (dg - <g, dg>), for one block of rows.
+    """T = dY up, dP = g T and dl = g (dg - <g, dg>), for one block of rows; s is part of up.
 
-    Writes dlow = dP [M, RANKS] and dlogits = s dl [M, 8].  JOINT: the same read of dY makes this
+    Writes dlow = dP [M, RANKS] and dlogits = dl [M, 8].  JOINT: the same read of dY makes this
     block's share of dB of the ranks from FIRST on: dup [row blocks, N, SPAN] in float32.
     """
     row = item * BLOCK_M
@@ -145,9 +144,7 @@ def spread_rows(
         b_gates = tl.zeros((BLOCK_M, GATES), tl.float32)
     dgates = tl.zeros((BLOCK_M, GATES), tl.float32)
     if JOINT:
-        b_share = load_gated(
-            low, b_gates, weights, scaling, row, FIRST, M, E, EDGES, BLOCK_M, SPAN, GATED
-        )
+        b_share = load_gated(low, b_gates, weights, row, FIRST, M, E, EDGES, BLOCK_M, SPAN, GATED)
     for rank in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         o_rank = rank + tl.arange(0, BLOCK_R)
         spread = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -157,7 +154,7 @@ def spread_rows(
             spread = dot(b_dy, b_up, spread, PRECISION)  # [m, n] [n, r]
             if JOINT:
                 zero = tl.zeros((BLOCK_N, SPAN), tl.float32)
-                b_dup = dot(
+                b_dup = scaling * dot(
                     b_dy.T, rounded(b_share, b_dy.dtype, PRECISION), zero, PRECISION
                 )  # [n, m] [m, r]
                 start = item.to(tl.int64) * N * SPAN
@@ -176,7 +173,7 @@ def spread_rows(
                 dgates += tl.where(here, tl.sum(mine, 1)[:, None], 0.0)
         store_block(
             dlow,
-            spread * wide * scaling,
+            spread * wide,
             row,
             rank,
             M,
@@ -189,7 +186,7 @@ def spread_rows(
         )
     if GATED:
         mean = tl.sum(b_gates * dgates, 1)[:, None]
-        b_dlogits = b_gates * (dgates - mean) * scaling
+        b_dlogits = b_gates * (dgates - mean)
         store_block(dlogits, b_dlogits, row, 0, M, GATES, GATES, BLOCK_M, GATES, False, PRECISION)
 
 
@@ -198,7 +195,6 @@ def load_gated(
     low,
     b_gates,
     weights,
-    scaling,
     row,
     rank,
     M,
@@ -208,11 +204,11 @@ def load_gated(
     BLOCK_R: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """S = s g P [BLOCK_M, BLOCK_R] in float32, made again from P."""
+    """S = g P [BLOCK_M, BLOCK_R] in float32, made again from P."""
     b_low = load_block(low, row, rank, M, EDGES[E], EDGES[E], BLOCK_M, BLOCK_R, False, False)
     o_rank = rank + tl.arange(0, BLOCK_R)
     wide = spread_gates(b_gates, weights, o_rank, E, EDGES, GATED)
-    return b_low.to(tl.float32) * wide * scaling
+    return b_low.to(tl.float32) * wide
 
 
 def spread_outputs(

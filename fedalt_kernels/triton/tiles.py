@@ -20,6 +20,7 @@ TUNED = Path(__file__).parent / "tuned"
 WIDEST_RANK_BLOCK = 128
 WIDEST_SINGLE_BLOCK = 32  # float32 without tensor cores holds its operands in registers
 DECODE_ROWS = 64
+LARGE = 128, 256  # the tile of long products
 GROUP_M = 8  # rows of tiles that go through the columns together, sharing the L2 cache
 WIDE_RANKS = 32  # up to here the adapters' columns cost no registers to speak of
 
@@ -54,7 +55,8 @@ def side_by_side(sizes: Sequence[int], dtype: torch.dtype) -> Ranks:
 
 # Kinds: "half" is bfloat16 and float16, "wide" half with more than 32 rank columns, "dropout" half
 # with dropout, "single" float32, "odd" what is not aligned to 16 bytes, whose loads cost registers.
-# A kind that a kernel does not name is served by "half".
+# A kind that a kernel does not name is served by "half"; "short", where it is named, takes the
+# place of half and wide when these would leave multiprocessors without a tile.
 Kinds = dict[str, Tile]
 ODD = {
     "project": Tile(64, 0, 32, 2, 4),
@@ -72,39 +74,57 @@ SINGLE = {
     "contract": Tile(32, 64, 16, 2, 8),
     "contract_backward": Tile(32, 64, 16, 2, 8),
     "overlapped": Tile(32, 64, 32, 2, 8),
-    "overlapped_backward": Tile(32, 64, 16, 2, 8),
+    "overlapped_backward": Tile(32, 32, 16, 2, 8),
     "recompute": Tile(32, 64, 16, 2, 8),
     "decode": Tile(16, 32, 32, 2, 8),
     "spread": Tile(32, 16, 0, 2, 8),
     "reduce": Tile(16, 64, 0, 2, 8),
 }
+SHORT = Tile(64, 128, 64, 4, 4)
 HOPPER = {
-    "project": {"half": Tile(128, 0, 64, 4, 8), "dropout": Tile(64, 0, 64, 3, 8)},
-    "contract": {"half": Tile(128, 256, 64, 3, 8)},
-    "contract_backward": {"half": Tile(128, 256, 64, 3, 8), "dropout": Tile(128, 128, 64, 4, 8)},
-    "overlapped": {"half": Tile(128, 256, 64, 3, 8), "wide": Tile(128, 128, 64, 4, 8)},
-    "overlapped_backward": {"half": Tile(128, 256, 64, 3, 8), "wide": Tile(128, 128, 64, 4, 8)},
+    "project": {
+        "half": Tile(64, 0, 128, 3, 4),
+        "short": Tile(32, 0, 128, 3, 4),
+        "dropout": Tile(64, 0, 64, 3, 8),
+    },
+    "contract": {"half": Tile(128, 256, 64, 3, 8), "short": SHORT},
+    "contract_backward": {
+        "half": Tile(128, 256, 64, 3, 8),
+        "short": SHORT,
+        "dropout": Tile(128, 128, 64, 4, 8),
+    },
+    "overlapped": {
+        "half": Tile(128, 256, 64, 3, 8),
+        "short": SHORT,
+        "dropout": Tile(128, 128, 64, 4, 8),
+    },
+    "overlapped_backward": {"half": Tile(128, 256, 64, 3, 8), "short": SHORT},
     "recompute": {"half": Tile(64, 128, 64, 4, 4)},
     "decode": {"half": Tile(16, 32, 128, 4, 4)},
-    "spread": {"half": Tile(64, 128, 0, 3, 4)},
+    "spread": {"half": Tile(64, 128, 0, 3, 4), "short": Tile(32, 128, 0, 3, 4)},
     "reduce": {"half": Tile(64, 128, 0, 4, 8), "dropout": Tile(64, 64, 0, 3, 4)},
 }
 BLACKWELL = HOPPER | {
-    "contract_backward": {"half": Tile(128, 128, 64, 4, 8)},
+    "contract_backward": {"half": Tile(128, 128, 64, 4, 8), "short": SHORT},
+    "overlapped": {
+        "half": Tile(128, 256, 64, 3, 8),
+        "wide": Tile(128, 128, 64, 4, 8),
+        "dropout": Tile(128, 128, 64, 4, 8),
+    },
     "overlapped_backward": {"half": Tile(64, 128, 64, 4, 8)},
     "spread": {"half": Tile(64, 128, 0, 3, 4), "wide": Tile(64, 128, 0, 3, 8)},
     "reduce": {"half": Tile(64, 128, 0, 4, 8), "wide": Tile(64, 64, 0, 4, 8)},
 }
 AMPERE = {
     "project": {"half": Tile(64, 0, 64, 3, 4)},
-    "contract": {"half": Tile(128, 128, 32, 4, 8)},
+    "contract": {"half": Tile(128, 128, 32, 3, 8)},
     "contract_backward": {"half": Tile(128, 128, 32, 4, 8)},
     "overlapped": {"half": Tile(128, 128, 32, 4, 8), "wide": Tile(64, 128, 32, 4, 8)},
     "overlapped_backward": {"half": Tile(128, 128, 32, 4, 8), "wide": Tile(64, 128, 32, 4, 8)},
     "recompute": {"half": Tile(64, 64, 64, 3, 4), "wide": Tile(64, 64, 64, 3, 8)},
     "decode": {"half": Tile(16, 32, 128, 4, 4)},
-    "spread": {"half": Tile(64, 64, 0, 3, 4)},
-    "reduce": {"half": Tile(64, 64, 0, 3, 4), "wide": Tile(64, 64, 0, 3, 8)},
+    "spread": {"half": Tile(64, 64, 0, 3, 4), "wide": Tile(64, 64, 0, 3, 8)},
+    "reduce": {"half": Tile(64, 64, 0, 3, 8)},
 }
 # 64 KiB of shared memory: also what an unknown GPU is given.
 SMALL = {
@@ -144,6 +164,13 @@ def architecture(device: torch.device) -> str:
     return name if name in TABLE else "generic"
 
 
+def programs(device: torch.device) -> int:
+    """How many programs a persistent launch has: one a multiprocessor."""
+    if device.type == "cpu":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def kind_of(dtype: torch.dtype, ranks: Ranks, dropout: bool, even: bool) -> str:
     """Which of a kernel's tiles, see `HOPPER`."""
     if dtype == torch.float32:
@@ -156,18 +183,24 @@ def kind_of(dtype: torch.dtype, ranks: Ranks, dropout: bool, even: bool) -> str:
 
 
 def tile_for(
-    kernel: str, ranks: Ranks, *matrices: Tensor, dropout: bool = False
+    kernel: str, ranks: Ranks, *matrices: Tensor, dropout: bool = False, columns: int = 0
 ) -> tuple[Tile, bool]:
     """A kernel's tile for these matrices, and whether to read them through descriptors (TMA).
 
-    The tile is the one measured on this device, else the table's.
+    The tile is the one measured on this device, else the table's.  `columns` are those of the
+    output where the grid covers them as well as the first matrix's rows.
     """
     first = matrices[0]
     arch, even = architecture(first.device), aligned(*matrices)
     kind = kind_of(first.dtype, ranks, dropout, even)
     kinds = {"odd": ODD[kernel], "single": SINGLE[kernel]}
     kinds |= TABLE[arch][kernel] | tuned(first.device).get(kernel, {})
-    return kinds.get(kind, kinds["half"]), even and arch in DESCRIBES
+    tile = kinds.get(kind, kinds["half"])
+    if "short" in kinds and kind in ("half", "wide"):
+        across = triton.cdiv(columns, tile.n) if columns else 1
+        if triton.cdiv(first.shape[0], tile.m) * across < programs(first.device):
+            tile = kinds["short"]
+    return tile, even and arch in DESCRIBES
 
 
 @cache
@@ -224,20 +257,35 @@ def forward_schedule(x: Tensor, weight: Tensor, ranks: Ranks, dropout: bool) -> 
         for schedule in ("decode", "recompute"):
             if unserved(schedule, x, ranks, dropout) is None:
                 return schedule
-    if x.dtype == torch.float32 or not aligned(x, stored(weight)):
+    if x.dtype == torch.float32 or not _even(x, weight):
         return "expand"  # where cuBLAS is far ahead of Triton
+    few = _has_few_tiles(x, weight.shape[0])
+    if few and ranks.padded <= WIDE_RANKS and unserved("recompute", x, ranks, dropout) is None:
+        return "recompute"
     wide_output = weight.shape[0] >= 8192 and ranks.padded > WIDE_RANKS
-    if architecture(device) not in DESCRIBES or wide_output:
-        return "split"
-    return "overlapped"
+    late = unserved("overlapped", x, ranks, dropout) is None and architecture(device) in DESCRIBES
+    return "overlapped" if late and not wide_output and not few else "split"
 
 
 def backward_schedule(dy: Tensor, weight: Tensor, ranks: Ranks, dropout: bool) -> str:
     """The schedule of a backward pass."""
-    if dy.dtype == torch.float32 or not aligned(dy, stored(weight)):
+    if dy.dtype == torch.float32 or not _even(dy, weight):
         return "expand"
-    late = architecture(dy.device) in DESCRIBES and ranks.padded == ranks.block
-    return "overlapped" if late and not dropout else "split"
+    late = unserved("overlapped", dy, ranks, dropout, backward=True) is None
+    few = _has_few_tiles(dy, weight.shape[1])
+    return "overlapped" if late and not few and architecture(dy.device) in DESCRIBES else "split"
+
+
+def _even(rows: Tensor, weight: Tensor) -> bool:
+    """Whether inputs and outputs of a layer, forward or backward, are aligned throughout."""
+    sizes = [size * weight.element_size() % 16 for size in weight.shape]
+    return not any(sizes) and aligned(rows, stored(weight))
+
+
+def _has_few_tiles(rows: Tensor, columns: int) -> bool:
+    """Whether large tiles of the output would leave multiprocessors without one."""
+    tiles = triton.cdiv(rows.shape[0], LARGE[0]) * triton.cdiv(columns, LARGE[1])
+    return tiles < programs(rows.device)
 
 
 def unserved(
@@ -249,18 +297,10 @@ def unserved(
         return f"programs cannot wait for one another on {arch}"
     if schedule == "decode" and x.shape[0] > DECODE_ROWS:
         return f"it serves up to {DECODE_ROWS} rows, got {x.shape[0]}"
-    if schedule in ("decode", "recompute"):
-        if backward:
-            return "it has no backward"
-        if ranks.padded > ranks.block:
-            return f"it serves ranks of up to {ranks.block} in sum, got {ranks.edges[-1]}"
+    if schedule in ("decode", "recompute") and backward:
+        return "it has no backward"
+    if schedule in ("decode", "recompute", "overlapped") and ranks.padded > ranks.block:
+        return f"it serves ranks of up to {ranks.block} in sum, got {ranks.edges[-1]}"
     if dropout and (schedule in ("decode", "recompute") or (backward and schedule == "overlapped")):
         return "it serves no dropout"
     return None
-
-
-def programs(device: torch.device) -> int:
-    """How many programs a persistent launch has: one a multiprocessor."""
-    if device.type == "cpu":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count

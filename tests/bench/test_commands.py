@@ -24,14 +24,24 @@ def test_the_model_counts_with_the_kernels_own_figures() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["overlapped", "split", "expand"])
-@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize(("rank", "dropout"), [(8, 0.0), (64, 0.0), (8, 0.1)])
 def test_the_model_counts_every_launch(
-    schedule: str, rank: int, monkeypatch: pytest.MonkeyPatch
+    schedule: str, rank: int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Launches of our kernels, as the launchers make them; products and sums of PyTorch beside."""
     launches = []
     for module, names in (
-        (fused, ("pack", "project", "contract_with_strip", "overlapped", "overlapped_backward")),
+        (
+            fused,
+            (
+                "pack",
+                "project",
+                "contract_with_strip",
+                "overlapped",
+                "overlapped_backward",
+                "mask_words",
+            ),
+        ),
         (backward, ("spread", "_launch_reduce")),
     ):
         for name in names:
@@ -55,13 +65,14 @@ def test_the_model_counts_every_launch(
         [Adapter(a, b), frozen],
         mixer,
         scaling=1.0,
+        dropout_p=dropout,
         impl="triton",
         schedule=schedule,
     )
     y.sum().backward()
     products = 2 if schedule == "expand" else 0
     sums = 2
-    modelled = roofline.ours(Case(Q, 8192, rank, "both"), schedule)
+    modelled = roofline.ours(Case(Q, 8192, rank, "both", dropout), schedule)
     assert len(launches) + products + sums == len(modelled)
 
 

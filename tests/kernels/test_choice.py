@@ -40,7 +40,7 @@ def test_a_cpu_without_the_interpreter_is_refused_with_its_cure() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
         "RuntimeError: impl='triton' cannot run: x is on a CPU (TRITON_INTERPRET=1 runs the "
-        "there, very slowly); use impl='torch' or 'auto'"
+        "kernels there, very slowly); use impl='torch' or 'auto'"
     )
 
 
@@ -90,6 +90,7 @@ def test_unknown_and_misplaced_schedules_are_refused(impl: str, schedule: str) -
 
 def test_programs_that_cannot_wait_are_not_made_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "architecture", lambda device: "gfx942")
+    monkeypatch.setattr(tiles, "programs", lambda device: 1)
     x = build(BF16).x
     ranks = tiles.side_by_side([3, 3], x.dtype)
     for schedule in ("decode", "overlapped"):

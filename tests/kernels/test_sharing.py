@@ -96,7 +96,10 @@ def test_layers_that_read_different_tensors_are_released(passes: list[int]) -> N
     assert all(layer.shared is None for layer in layers)
 
 
-def test_few_rows_and_lone_wide_layers_keep_their_own_schedule() -> None:
+def test_few_rows_and_lone_wide_layers_keep_their_own_schedule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "programs", lambda device: 1)
     few, many = torch.empty(8, 64), torch.empty(128, 64)
     many, few = many.to(DEVICE, torch.bfloat16), few.to(DEVICE, torch.bfloat16)
     wide, narrow = (torch.empty(n, 64, dtype=torch.bfloat16, device=DEVICE) for n in (64, 32))
