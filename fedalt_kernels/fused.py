@@ -24,14 +24,16 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from .adapter import Branches, Factors
-from .triton import backward as backwards
 from .triton import tiles
+from .triton.backward import spread
 from .triton.contract import contract_with_strip
 from .triton.decode import decode
 from .triton.dropout import mask_words
 from .triton.forward import project, recompute
-from .triton.overlapped import overlapped, overlapped_backward
+from .triton.overlapped import overlapped
+from .triton.overlapped_backward import overlapped_backward
 from .triton.pack import pack
+from .triton.reduce import reduce_down, reduce_up
 from .triton.tiles import Ranks, side_by_side
 
 MOST_JOINT_RANKS = 16  # of dB made with dP: more shares would weigh as much as a read of dY
@@ -166,7 +168,7 @@ def backward(
         grads, shares = _rows_backward(dy, x, weight, low, gates, branches, ranks, needs, joint)
     if up_span and shares is None:
         weights = _weights(branches)
-        shares = backwards.reduce_up(dy, low, gates, weights, ranks, branches.scaling, up_span)
+        shares = reduce_up(dy, low, gates, weights, ranks, branches.scaling, up_span)
     for e, need in enumerate(needs_ups):
         if need and up_span and shares is not None:
             mine = shares[..., ranks.edges[e] - up_span[0] : ranks.edges[e + 1] - up_span[0]]
@@ -207,7 +209,7 @@ def _rows_backward(
         )
         grads.append(dx)
     else:
-        dlow, dlogits, shares = backwards.spread(dy, up, low, gates, weights, ranks, scaling, joint)
+        dlow, dlogits, shares = spread(dy, up, low, gates, weights, ranks, scaling, joint)
     if needs_x and schedule != "overlapped":
         dx = contract_with_strip(
             dy,
@@ -226,7 +228,7 @@ def _rows_backward(
     if down_span or needs_mixer:
         span = down_span or (0, ranks.block)
         dlogits = dlogits if needs_mixer else None
-        rows = backwards.reduce_down(x, dlow, dlogits, ranks, span, words)
+        rows = reduce_down(x, dlow, dlogits, ranks, span, words)
         if branches.mixer is not None and needs_mixer:
             mine = rows[span[1] : span[1] + count]
             grads.append(mine.to(branches.mixer.dtype))

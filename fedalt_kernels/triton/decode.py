@@ -18,17 +18,15 @@ from .primitives import (
     LOGITS,
     dot,
     down_pointers,
-    leave_clean,
     load_block,
     mixer_rows,
-    publish,
     rounded,
     softmax_gates,
     spread_gates,
     store_block,
     up_pointers,
-    wait_for,
 )
+from .signals import leave_clean, publish, wait_for
 from .tiles import Ranks, precision, stored, tile_for
 from .workspace import counters
 

@@ -193,59 +193,6 @@ def load_side(
 
 
 @triton.jit
-def wait_for(flag):
-    """Spin until it has been announced.  A read-modify-write that adds nothing, since a plain spin
-    followed by an acquire whose result is unused is deleted by the compiler."""
-    while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") == 0:
-        pass
-
-
-@triton.jit
-def await_strip(
-    acc,
-    flag,
-    strip,
-    side,
-    row,
-    column,
-    M,
-    C: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SIDE_OUT_MAJOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`add_strip` once the strip has been announced at `flag`.
-
-    A small side is read before the wait, whose latency it then shares.
-    """
-    if RANKS == BLOCK_R and RANKS <= 32:
-        b_side = load_side(side, 0, column, C, RANKS, BLOCK_N, BLOCK_R, SIDE_OUT_MAJOR)
-        wait_for(flag)
-        b_strip = load_block(strip, row, 0, M, RANKS, RANKS, BLOCK_M, BLOCK_R, False, False)
-        return dot(b_strip, b_side, acc, PRECISION)  # [m, r] [r, n]
-    else:
-        wait_for(flag)
-        return add_strip(
-            acc,
-            strip,
-            side,
-            row,
-            column,
-            M,
-            C,
-            RANKS,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_R,
-            SIDE_OUT_MAJOR,
-            PRECISION,
-        )
-
-
-@triton.jit
 def column(block, index):
     """Column `index` of a block, as a vector."""
     mine = tl.arange(0, block.shape[1])[None, :] == index
@@ -377,20 +324,3 @@ def kept_bits(words, row, column, M, K: tl.constexpr, HEIGHT: tl.constexpr, WIDT
     b_words = load_block(words, row, first, M, CALLS, CALLS, HEIGHT, GROUPS, False, False)
     bits = (b_words[:, :, None] >> tl.arange(0, MASK_GROUP)[None, None, :]) & 1
     return tl.reshape(bits, (HEIGHT, WIDTH)) != 0
-
-
-@triton.jit
-def publish(flag):
-    """Announce that what this program has written may be read."""
-    tl.debug_barrier()  # without it only the announcing thread's writes are ordered
-    tl.atomic_add(flag, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def leave_clean(counters, LENGTH):
-    """The last program of the launch zeroes the counters, of which the second counts who left."""
-    tl.debug_barrier()
-    left = tl.atomic_add(counters + 1, 1, sem="acq_rel", scope="gpu")
-    if left == tl.num_programs(0) - 1:
-        for i in range(LENGTH):
-            tl.store(counters + i, 0)

@@ -16,11 +16,14 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .primitives import LOGITS
+
 TUNED = Path(__file__).parent / "tuned"
 WIDEST_RANK_BLOCK = 128
 WIDEST_SINGLE_BLOCK = 32  # float32 without tensor cores holds its operands in registers
 DECODE_ROWS = 64
 LARGE = 128, 256  # the tile of long products
+MOST_STRIP_STAGES = 7
 GROUP_M = 8  # rows of tiles that go through the columns together, sharing the L2 cache
 WIDE_RANKS = 32  # up to here the adapters' columns cost no registers to speak of
 
@@ -124,7 +127,7 @@ AMPERE = {
     "recompute": {"half": Tile(64, 64, 64, 3, 4), "wide": Tile(64, 64, 64, 3, 8)},
     "decode": {"half": Tile(16, 32, 128, 4, 4)},
     "spread": {"half": Tile(64, 64, 0, 3, 4), "wide": Tile(64, 64, 0, 3, 8)},
-    "reduce": {"half": Tile(64, 64, 0, 3, 8)},
+    "reduce": {"half": Tile(64, 64, 0, 2, 8)},
 }
 # 64 KiB of shared memory: also what an unknown GPU is given.
 SMALL = {
@@ -304,3 +307,9 @@ def unserved(
     if dropout and (schedule in ("decode", "recompute") or (backward and schedule == "overlapped")):
         return "it serves no dropout"
     return None
+
+
+def strip_stages(tile: Tile, ranks: Ranks) -> int:
+    """As many pipeline stages for the strips as fit into the memory that the base product takes."""
+    width = tile.m + ranks.block + LOGITS.value
+    return max(2, min(MOST_STRIP_STAGES, (tile.m + tile.n) * tile.stages // width))

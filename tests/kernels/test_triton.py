@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedalt_kernels import fused, mixed_lora_linear
+from fedalt_kernels import Adapter, fused, mixed_lora_linear
 from fedalt_kernels.checks import SCHEDULES
-from fedalt_kernels.triton import backward, decode, overlapped, tiles
+from fedalt_kernels.triton import decode, overlapped, overlapped_backward, reduce, tiles
 
 from .cases import Case, build, run
 from .parity import check
@@ -113,7 +113,7 @@ def test_runs_repeat_bit_for_bit(schedule: str, dropout: float) -> None:
 @pytest.mark.parametrize("schedule", ["overlapped", "decode"])
 def test_counters_are_left_clean(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    for module in (overlapped, decode):
+    for module in (overlapped, overlapped_backward, decode):
         monkeypatch.setattr(module, "counters", lambda device, length: held)
     inputs = build(replace(ALIGNED, dtype=torch.float32, param_dtype=torch.float32), 0, DEVICE)
     results = []
@@ -130,11 +130,11 @@ def test_frozen_parts_cost_no_sums_over_tokens(monkeypatch: pytest.MonkeyPatch) 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a frozen adapter was given gradient work")
 
-    monkeypatch.setattr(backward, "_launch_reduce", forbidden)
+    monkeypatch.setattr(reduce, "_launch_reduce", forbidden)
     shares = []
-    spread = backward.spread
+    spread = fused.spread
     monkeypatch.setattr(
-        backward, "spread", lambda *arguments: shares.append(arguments[-1]) or spread(*arguments)
+        fused, "spread", lambda *arguments: shares.append(arguments[-1]) or spread(*arguments)
     )
     run(forced("split"), inputs, 0.0)
     assert shares == [None]
@@ -142,15 +142,53 @@ def test_frozen_parts_cost_no_sums_over_tokens(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_the_trained_ranks_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     spans = []
-    reduce = backward._launch_reduce
+    launch = reduce._launch_reduce
     monkeypatch.setattr(
-        backward,
+        reduce,
         "_launch_reduce",
-        lambda *arguments, **flags: spans.append(arguments[6]) or reduce(*arguments, **flags),
+        lambda *arguments, **flags: spans.append(arguments[6]) or launch(*arguments, **flags),
     )
     case = replace(ALIGNED, ranks=(20, 7), frozen=(0,), dtype=torch.float32)
     run(forced("split"), build(replace(case, param_dtype=torch.float32), 0, DEVICE), 0.0)
     assert spans == [(20, 16)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layout", ["columns", "expanded", "every other", "broadcast bias"])
+def test_inputs_of_any_strides(schedule: str, layout: str) -> None:
+    case = replace(ALIGNED, dtype=torch.bfloat16, param_dtype=torch.float32)
+    inputs = build(case, 0, DEVICE)
+    x, bias = inputs.x.detach(), inputs.bias
+    if layout == "columns":
+        x = x.t().contiguous().t()
+    elif layout == "expanded":
+        x = x[:1].expand(case.m, case.k)
+    elif layout == "every other":
+        x = torch.stack((x, x), -1).flatten(1)[:, ::2]
+        bias = torch.stack((bias, bias), -1).flatten()[::2]
+    else:
+        bias = bias[:1].expand(case.n)
+    strided = replace(inputs, x=x.requires_grad_(), bias=bias)
+    plain = replace(
+        inputs, x=x.detach().contiguous().requires_grad_(), bias=bias.clone().contiguous()
+    )
+    dense = run(forced(schedule), plain, 0.0)
+    for name, value in run(forced(schedule), strided, 0.0).items():
+        assert torch.equal(value, dense[name]), name
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_large_products_stay_finite_in_float16(schedule: str) -> None:
+    """P is near the top of float16 and s would carry it over."""
+    k, n = 64, 32
+    x = torch.full((40, k), 16.0, dtype=torch.float16, device=DEVICE)
+    a = torch.full((4, k), 32.0, device=DEVICE)
+    b = torch.full((n, 4), 2.0**-12, device=DEVICE)
+    weight = torch.zeros(n, k, dtype=torch.float16, device=DEVICE)
+    y = mixed_lora_linear(
+        x, weight, None, [Adapter(a, b)], None, scaling=16.0, impl="triton", schedule=schedule
+    )
+    assert torch.equal(y, torch.full_like(y, 16.0 * 16 * 32 * k * 4 * 2.0**-12))
 
 
 def test_rows_beyond_two_to_the_31_elements() -> None:
