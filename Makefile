@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: run test lint bench bench-gpu clean
+.PHONY: run test lint bench proof bench-gpu clean
 
 run: $(READY)
 	@echo "== fedalt run: the built-in sample, eight clients, about two minutes on two cores"
@@ -22,6 +22,10 @@ lint: $(READY)
 bench: $(READY)
 	@echo "== the layer and a training step beside their peers; checks first, then times"
 	$(BIN)/python -m pytest bench -q -s
+
+proof: $(READY)
+	@echo "== what can be shown of the kernels without a GPU: compiled, counted, interpreted"
+	$(BIN)/python -m bench proof
 
 # With any Python that has torch and triton, so that a GPU machine needs no set-up and no network.
 bench-gpu:

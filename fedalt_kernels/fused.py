@@ -1,18 +1,21 @@
 """The Triton implementation: forward and backward as schedules of a few kernels.
 
 The symbols are those of `reference.py`, the equations those of `autograd.py`.  R = Σ r_e, padded
-to RANKS.  `pack` lays the adapters side by side once a pass; then, forward:
+to RANKS.  `pack` lays the adapters side by side once a pass, s multiplied into the up-projections;
+then, forward:
 
 ==========  ======================================================================  ==============
 decode      one launch: slices of P, meanwhile W streams; reads adapters unpacked   M ≤ 64
-recompute   one launch: the narrow products inside the base product's loop          M small
+recompute   one launch: the narrow products inside the base product's loop          few tiles
 overlapped  one persistent launch: blocks of S first, tiles of y need them last     sm_90, sm_100
 split       `project` makes S, `contract` takes S Bᵀ as a step of the base product  any
-expand      `project`; cuBLAS makes x Wᵀ, `contract` adds S Bᵀ to it                float32
+expand      `project`; cuBLAS makes x Wᵀ, `contract` adds S Bᵀ to it                float32, odd
 ==========  ======================================================================  ==============
 
-Backward: overlapped, split and expand likewise, with dP for S; the sums over tokens, dA with dG and
-dB, are launches of their own, but for dB of few ranks, which shares the read of dY that makes dP.
+The last column is what a schedule is chosen for (`tiles.forward_schedule`); what it cannot serve is
+in `tiles.unserved`.  Backward: overlapped, split and expand likewise, with dP for S; the sums over
+tokens, dA with dG and dB, are launches of their own, but for dB of few ranks, which shares the read
+of dY that makes dP.  Under dropout the mask is made once as bits, for dX and for dA.
 """
 
 from collections.abc import Callable, Sequence

@@ -104,18 +104,17 @@ HOPPER = {
     "overlapped_backward": {"half": Tile(128, 256, 64, 3, 8), "short": SHORT},
     "recompute": {"half": Tile(64, 128, 64, 4, 4)},
     "decode": {"half": Tile(16, 32, 128, 4, 4)},
-    "spread": {"half": Tile(64, 128, 0, 3, 4), "short": Tile(32, 128, 0, 3, 4)},
+    "spread": {
+        "half": Tile(64, 128, 0, 3, 4),
+        "wide": Tile(64, 128, 0, 3, 8),
+        "short": Tile(32, 128, 0, 3, 4),
+    },
     "reduce": {"half": Tile(64, 128, 0, 4, 8), "dropout": Tile(64, 64, 0, 3, 4)},
 }
 BLACKWELL = HOPPER | {
     "contract_backward": {"half": Tile(128, 128, 64, 4, 8), "short": SHORT},
-    "overlapped": {
-        "half": Tile(128, 256, 64, 3, 8),
-        "wide": Tile(128, 128, 64, 4, 8),
-        "dropout": Tile(128, 128, 64, 4, 8),
-    },
+    "overlapped": {"half": Tile(128, 128, 64, 4, 8), "short": SHORT},
     "overlapped_backward": {"half": Tile(64, 128, 64, 4, 8)},
-    "spread": {"half": Tile(64, 128, 0, 3, 4), "wide": Tile(64, 128, 0, 3, 8)},
     "reduce": {"half": Tile(64, 128, 0, 4, 8), "wide": Tile(64, 64, 0, 4, 8)},
 }
 AMPERE = {
