@@ -126,6 +126,7 @@ def launches(target: str, dtype: torch.dtype) -> list[Launch]:
         setups.append(Setup((16,) * 8, rows=M - 6))
         setups.append(Setup((16, 16), transposed=True, gated=False))
         setups.append(Setup((64, 64), threshold=13))
+        setups.append(Setup((64, 64), rows=64))
         setups.append(Setup((130, 20)))
     with _recording(target, found):
         for setup in setups:

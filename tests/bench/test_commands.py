@@ -11,6 +11,7 @@ from bench.cases import Case, Q, in_order, schedules
 from fedalt_kernels import fused
 from fedalt_kernels.triton import decode, reduce, tiles
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is said without a GPU")
 
 
@@ -55,10 +56,11 @@ def test_the_model_counts_every_launch(
     from fedalt_kernels import Adapter, mixed_lora_linear
 
     k, n = 32, 32
-    x = torch.randn(70, k, dtype=torch.bfloat16, requires_grad=True)
-    a, b, mixer = (torch.randn(*s, requires_grad=True) for s in ((rank, k), (n, rank), (2, k)))
+    x = torch.randn(70, k, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    shapes = (rank, k), (n, rank), (2, k)
+    a, b, mixer = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in shapes)
     frozen = Adapter(a.detach().clone(), b.detach().clone())
-    weight = torch.randn(n, k, dtype=torch.bfloat16)
+    weight = torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE)
     y = mixed_lora_linear(
         x,
         weight,

@@ -14,11 +14,12 @@ from fedalt_kernels.triton import tiles
 from .cases import SCALING, Case, build
 
 BF16 = Case(m=70, n=64, k=64, dtype=torch.bfloat16, param_dtype=torch.float32)
-HOPPER = torch.device("cuda", 0)
+OLD_GPU = torch.device("cuda", 0)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def call(case: Case, **changes: object) -> torch.Tensor:
-    inputs = build(case)
+    inputs = build(case, 0, DEVICE)
     given = {"dropout_p": case.dropout, "impl": "triton"} | changes
     return mixed_lora_linear(
         inputs.x,
@@ -50,8 +51,8 @@ def test_float64_is_refused() -> None:
 
 
 def test_a_weight_without_contiguous_rows_or_columns_is_refused() -> None:
-    inputs = build(BF16)
-    weight = torch.empty(64, 128, dtype=torch.bfloat16)[:, ::2]
+    inputs = build(BF16, 0, DEVICE)
+    weight = torch.empty(64, 128, dtype=torch.bfloat16, device=DEVICE)[:, ::2]
     with pytest.raises(RuntimeError, match=re.escape("strides must be 1, got (128, 2)")):
         mixed_lora_linear(inputs.x, weight, None, inputs.adapters, None, scaling=1.0, impl="triton")
 
@@ -91,18 +92,18 @@ def test_unknown_and_misplaced_schedules_are_refused(impl: str, schedule: str) -
 def test_programs_that_cannot_wait_are_not_made_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "architecture", lambda device: "gfx942")
     monkeypatch.setattr(tiles, "programs", lambda device: 1)
-    x = build(BF16).x
+    x = build(BF16, 0, DEVICE).x
     ranks = tiles.side_by_side([3, 3], x.dtype)
     for schedule in ("decode", "overlapped"):
         reason = tiles.unserved(schedule, x, ranks, False)
         assert reason == "programs cannot wait for one another on gfx942"
-    assert tiles.forward_schedule(x[:4], build(BF16).weight, ranks, False) == "recompute"
-    assert tiles.forward_schedule(x, build(BF16).weight, ranks, False) == "split"
+    assert tiles.forward_schedule(x[:4], build(BF16, 0, DEVICE).weight, ranks, False) == "recompute"
+    assert tiles.forward_schedule(x, build(BF16, 0, DEVICE).weight, ranks, False) == "split"
 
 
 def test_auto_warns_once_where_a_gpu_cannot_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnOldGpu:
-        device = HOPPER
+        device = OLD_GPU
         dtype = torch.bfloat16
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -124,13 +125,13 @@ def test_an_unlisted_gpu_gets_generic_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.version, "hip", None)
     tiles.architecture.cache_clear()
     try:
-        assert tiles.architecture(HOPPER) == "generic"
+        assert tiles.architecture(OLD_GPU) == "generic"
     finally:
         tiles.architecture.cache_clear()
 
 
 def test_no_rows_are_served() -> None:
-    inputs = build(BF16)
+    inputs = build(BF16, 0, DEVICE)
     y = mixed_lora_linear(
         inputs.x[:0], inputs.weight, None, inputs.adapters, None, scaling=1.0, impl="triton"
     )

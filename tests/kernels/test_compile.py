@@ -10,10 +10,12 @@ from fedalt_kernels import operators as _registers_them  # noqa: F401
 
 from .cases import SCALING, SEED, Case, build
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def branches(case: Case, dropout: bool) -> tuple[object, ...]:
     """The arguments that both operators share."""
-    inputs = build(case)
+    inputs = build(case, 0, DEVICE)
     learned = isinstance(inputs.mixer, torch.Tensor)
     return (
         [a.detach() for a, _ in inputs.adapters],
@@ -22,7 +24,7 @@ def branches(case: Case, dropout: bool) -> tuple[object, ...]:
         None if learned else inputs.mixer,
         SCALING,
         77 if dropout else 0,
-        torch.tensor(SEED) if dropout else None,
+        torch.tensor(SEED, device=DEVICE) if dropout else None,
         None,
     )
 
@@ -39,7 +41,7 @@ def branches(case: Case, dropout: bool) -> tuple[object, ...]:
     ids=str,
 )
 def test_opcheck(case: Case, dropout: bool, name: str) -> None:
-    inputs = build(case)
+    inputs = build(case, 0, DEVICE)
     shared = branches(case, dropout)
     x, dy = inputs.x.detach(), inputs.dy
     operators = torch.ops.fedalt_kernels
@@ -69,6 +71,7 @@ def step(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_compiled_layer_matches_eager_at_every_length(dropout: float, impl: str) -> None:
     layer = MixedLoRALinear(torch.nn.Linear(32, 24), rank=4, dropout=dropout, impl=impl)
+    layer.to(DEVICE)
     for parameter in (layer.individual.b, layer.rest_of_world.a, layer.rest_of_world.b):
         torch.nn.init.normal_(parameter)
     torch.compiler.reset()
@@ -76,7 +79,7 @@ def test_compiled_layer_matches_eager_at_every_length(dropout: float, impl: str)
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     compilations = []
     for rows in (5, 8, 13):
-        x = torch.randn(2, rows, 32)
+        x = torch.randn(2, rows, 32, device=DEVICE)
         for eager, other in zip(step(layer, x), step(compiled, x), strict=True):
             assert torch.allclose(eager, other, rtol=1e-5, atol=1e-5)
         compilations.append(counter.frame_count)
@@ -86,8 +89,9 @@ def test_compiled_layer_matches_eager_at_every_length(dropout: float, impl: str)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_inductor_compiles_forward_and_backward_with_dropout(impl: str) -> None:
     layer = MixedLoRALinear(torch.nn.Linear(32, 24), rank=4, dropout=0.5, impl=impl)
+    layer.to(DEVICE)
     compiled = torch.compile(layer, fullgraph=True)
-    x = torch.randn(6, 32, requires_grad=True)
+    x = torch.randn(6, 32, device=DEVICE, requires_grad=True)
     compiled(x).sum().backward()
     assert layer.individual.b.grad.any()
     assert torch.isfinite(x.grad).all()
