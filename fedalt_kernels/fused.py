@@ -258,7 +258,9 @@ def _ranks(branches: Branches, dtype: torch.dtype) -> Ranks:
 
 
 def _weights(branches: Branches) -> Sequence[float]:
-    return branches.weights or (1.0,) * len(branches.downs)
+    if branches.weights is None:
+        return (1.0,) * len(branches.downs)
+    return [float(weight) for weight in branches.weights]
 
 
 def _sources(factors: Factors) -> list[Tensor]:

@@ -34,6 +34,21 @@ def test_injection_replaces_the_named_layers_and_changes_no_output(model):
     assert trained == {"a", "b", "mixer"}
 
 
+def test_layers_that_read_one_input_share_their_pass_over_it(model):
+    fedalt.inject(model, rank=2, target_modules="all-linear")
+    block = model.model.layers[0]
+    attention, mlp = block.self_attn, block.mlp
+    assert attention.q_proj.shared is attention.k_proj.shared is attention.v_proj.shared
+    assert attention.q_proj.shared.layers == (
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+    )
+    assert mlp.gate_proj.shared is mlp.up_proj.shared is not attention.q_proj.shared
+    assert attention.o_proj.shared is mlp.down_proj.shared is None
+    assert model.model.layers[1].self_attn.q_proj.shared is not attention.q_proj.shared
+
+
 def test_all_linear_leaves_the_head_alone(model):
     fedalt.inject(model, rank=2, target_modules="all-linear")
     assert len(layers_of(model)) == 14
