@@ -95,3 +95,30 @@ def test_inductor_compiles_forward_and_backward_with_dropout(impl: str) -> None:
     compiled(x).sum().backward()
     assert layer.individual.b.grad.any()
     assert torch.isfinite(x.grad).all()
+
+
+class Attention(torch.nn.Module):
+    """Three layers that share their pass over x."""
+
+    def __init__(self, impl: str) -> None:
+        super().__init__()
+        layers = [
+            MixedLoRALinear(torch.nn.Linear(32, n), rank=4, dropout=0.5, impl=impl)
+            for n in (32, 16, 16)
+        ]
+        self.layers = torch.nn.ModuleList(layers)
+        MixedLoRALinear.share_input(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_layers_that_share_their_input_compile_in_one_graph(impl: str) -> None:
+    model = Attention(impl).to(DEVICE)
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.individual.b)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(70, 32, device=DEVICE)
+    for eager, other in zip(step(model, x), step(compiled, x), strict=True):
+        assert torch.allclose(eager, other, rtol=1e-5, atol=1e-5)
