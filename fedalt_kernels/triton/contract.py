@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import (
+    add_bias,
     add_mixer,
     add_strip,
     contract,
@@ -84,8 +85,7 @@ def _contract(
     else:
         acc += load_block(out, row, at, M, C, C, BLOCK_M, BLOCK_N, False, TMA).to(tl.float32)
     if BIAS:
-        o_n = at + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias + o_n, mask=o_n < C, other=0.0).to(tl.float32)[None, :]
+        acc = add_bias(acc, bias, at, C, BLOCK_N)
     if BACKWARD and GATED:
         acc = add_mixer(acc, dlogits, mixer, row, at, M, C, E, BLOCK_M, BLOCK_N)
     store_block(out, acc, row, at, M, C, C, BLOCK_M, BLOCK_N, TMA, PRECISION)

@@ -20,9 +20,11 @@ from torch import Tensor
 from .primitives import (
     GATES,
     LOGITS,
+    add_bias,
     dot,
     down_pointers,
     load_block,
+    load_factor,
     mixer_rows,
     rounded,
     softmax_gates,
@@ -193,25 +195,19 @@ def _decode(
         m_up = (o_n < N)[:, None] & (o_rank < EDGES[E])[None, :]
         p_up = up_pointers(ups, o_n, o_rank, E, EDGES)
         b_up = tl.load(p_up, mask=m_up, other=0.0).to(tl.float32) * scaling
-        EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             b_x = load_block(x, 0, k, M, K, stride_x, BLOCK_M, BLOCK_K, False, False)
-            if OUT_MAJOR:
-                b_weight = load_block(
-                    weight, at, k, N, K, stride_weight, BLOCK_N, BLOCK_K, EVEN, False
-                ).T
-            else:
-                b_weight = load_block(
-                    weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, EVEN, False
-                )
+            b_weight = load_factor(
+                weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, OUT_MAJOR, False
+            )
             acc = dot(b_x, b_weight, acc, PRECISION)  # [m, k] [k, n]
         wait_for(ready)
         b_gated = load_block(gated, 0, 0, BLOCK_M, RANKS, RANKS, BLOCK_M, RANKS, True, False)
         b_up = rounded(b_up, b_gated.dtype, PRECISION)
         acc = dot(b_gated, b_up.T, acc, PRECISION)  # [m, r] [r, n]
         if BIAS:
-            acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+            acc = add_bias(acc, bias, at, N, BLOCK_N)
         store_block(y, acc, 0, at, M, N, N, BLOCK_M, BLOCK_N, False, PRECISION)
     leave_clean(counts, 3)
 

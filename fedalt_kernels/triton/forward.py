@@ -16,8 +16,10 @@ from torch import Tensor
 from .primitives import (
     GATES,
     LOGITS,
+    add_bias,
     dot,
     load_block,
+    load_factor,
     rounded,
     softmax_gates,
     spread_gates,
@@ -188,16 +190,12 @@ def _recompute(
     tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row, at = tile_m * BLOCK_M, tile_n * BLOCK_N
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
-    EVEN: tl.constexpr = EVEN_K and N % BLOCK_N == 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_low = tl.zeros((BLOCK_M, RANKS), tl.float32)
     parts = tl.zeros((BLOCK_M, LOGITS), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         b_x = load_block(x, row, k, M, K, stride_x, BLOCK_M, BLOCK_K, EVEN_M and EVEN_K, TMA)
-        if OUT_MAJOR:
-            b_weight = load_block(weight, at, k, N, K, stride_weight, BLOCK_N, BLOCK_K, EVEN, TMA).T
-        else:
-            b_weight = load_block(weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, EVEN, TMA)
+        b_weight = load_factor(weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, OUT_MAJOR, TMA)
         acc = dot(b_x, b_weight, acc, PRECISION)  # [m, k] [k, n]
         b_down = load_block(down, 0, k, RANKS, K, K, RANKS, BLOCK_K, EVEN_K, TMA)
         b_low = dot(b_x, b_down.T, b_low, PRECISION)  # [m, k] [k, r]
@@ -210,8 +208,7 @@ def _recompute(
     b_gated = rounded(b_low * wide, b_up.dtype, PRECISION)
     acc = dot(b_gated, b_up.T, acc, PRECISION)  # [m, r] [r, n]
     if BIAS:
-        o_n = at + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        acc = add_bias(acc, bias, at, N, BLOCK_N)
     store_block(y, acc, row, at, M, N, N, BLOCK_M, BLOCK_N, TMA, PRECISION)
     if at == 0:
         store_block(low, b_low, row, 0, M, EDGES[E], EDGES[E], BLOCK_M, RANKS, False, PRECISION)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import LOGITS, contract, store_block, tile_at
+from .primitives import LOGITS, add_bias, contract, store_block, tile_at
 from .signals import await_strip, leave_clean, publish
 from .strips import project_rows
 from .tiles import (
@@ -130,8 +130,7 @@ def _overlapped(
                 PRECISION,
             )
             if BIAS:
-                o_n = at + tl.arange(0, BLOCK_N)
-                acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+                acc = add_bias(acc, bias, at, N, BLOCK_N)
             acc = await_strip(
                 acc,
                 flags + tile_m,

@@ -102,6 +102,34 @@ def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def load_factor(
+    matrix,
+    inner,
+    outer,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    stride,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    OUT_MAJOR: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """[BLOCK_L, BLOCK_C] at (inner, outer) of a right factor, [C, L] if OUT_MAJOR, else [L, C]."""
+    EVEN: tl.constexpr = L % BLOCK_L == 0 and C % BLOCK_C == 0
+    if OUT_MAJOR:
+        return load_block(matrix, outer, inner, C, L, stride, BLOCK_C, BLOCK_L, EVEN, TMA).T
+    else:
+        return load_block(matrix, inner, outer, L, C, stride, BLOCK_L, BLOCK_C, EVEN, TMA)
+
+
+@triton.jit
+def add_bias(acc, bias, at, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """acc + bias [N], for BLOCK_N columns from `at` on."""
+    o_n = at + tl.arange(0, BLOCK_N)
+    return acc + tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def contract(
     acc,
     left,
@@ -136,15 +164,9 @@ def contract(
             EVEN_M and L % BLOCK_K == 0,
             TMA,
         )
-        EVEN: tl.constexpr = C % BLOCK_N == 0 and L % BLOCK_K == 0
-        if OUT_MAJOR:
-            b_weight = load_block(
-                weight, column, k, C, L, stride_weight, BLOCK_N, BLOCK_K, EVEN, TMA
-            ).T
-        else:
-            b_weight = load_block(
-                weight, k, column, L, C, stride_weight, BLOCK_K, BLOCK_N, EVEN, TMA
-            )
+        b_weight = load_factor(
+            weight, k, column, L, C, stride_weight, BLOCK_K, BLOCK_N, OUT_MAJOR, TMA
+        )
         acc = dot(b_left, b_weight, acc, PRECISION)  # [m, k] [k, n]
     return acc
 
@@ -166,30 +188,14 @@ def add_strip(
     PRECISION: tl.constexpr,
 ):
     """acc + strip [M, RANKS] · side; side is [C, RANKS] if SIDE_OUT_MAJOR, else [RANKS, C]."""
+    STRIDE: tl.constexpr = RANKS if SIDE_OUT_MAJOR else C
     for r in tl.range(0, RANKS, BLOCK_R, num_stages=1):
         b_strip = load_block(strip, row, r, M, RANKS, RANKS, BLOCK_M, BLOCK_R, False, False)
-        b_side = load_side(side, r, column, C, RANKS, BLOCK_N, BLOCK_R, SIDE_OUT_MAJOR)
+        b_side = load_factor(
+            side, r, column, RANKS, C, STRIDE, BLOCK_R, BLOCK_N, SIDE_OUT_MAJOR, False
+        )
         acc = dot(b_strip, b_side, acc, PRECISION)  # [m, r] [r, n]
     return acc
-
-
-@triton.jit
-def load_side(
-    side,
-    rank,
-    column,
-    C: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SIDE_OUT_MAJOR: tl.constexpr,
-):
-    """[BLOCK_R, BLOCK_N] of the side of a strip."""
-    EVEN: tl.constexpr = C % BLOCK_N == 0
-    if SIDE_OUT_MAJOR:
-        return load_block(side, column, rank, C, RANKS, RANKS, BLOCK_N, BLOCK_R, EVEN, False).T
-    else:
-        return load_block(side, rank, column, RANKS, C, C, BLOCK_R, BLOCK_N, EVEN, False)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ counts programs that have left, and from [2] on each flag tells that something m
 import triton
 import triton.language as tl
 
-from .primitives import add_strip, dot, load_block, load_side
+from .primitives import add_strip, dot, load_block, load_factor
 
 
 @triton.jit
@@ -47,7 +47,10 @@ def await_strip(
     A small side is read before the wait, whose latency it then shares.
     """
     if RANKS == BLOCK_R and RANKS <= 32:
-        b_side = load_side(side, 0, column, C, RANKS, BLOCK_N, BLOCK_R, SIDE_OUT_MAJOR)
+        STRIDE: tl.constexpr = RANKS if SIDE_OUT_MAJOR else C
+        b_side = load_factor(
+            side, 0, column, RANKS, C, STRIDE, BLOCK_R, BLOCK_N, SIDE_OUT_MAJOR, False
+        )
         wait_for(flag)
         b_strip = load_block(strip, row, 0, M, RANKS, RANKS, BLOCK_M, BLOCK_R, False, False)
         return dot(b_strip, b_side, acc, PRECISION)  # [m, r] [r, n]
