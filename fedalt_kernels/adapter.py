@@ -1,4 +1,4 @@
-"""The pair of factors every other module passes around, and what stands beside the base product."""
+"""What every other module passes around: adapters, all beside the base product, rows of x."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,3 +26,10 @@ class Branches(NamedTuple):
     threshold: int  # bytes below it are dropped; 0: no dropout
     seed: Tensor | None  # int64 [], None without dropout
     schedule: str | None = None  # of the Triton implementation; None: it chooses
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] whose rows are contiguous and do not overlap; a copy only if need be."""
+    rows = x.reshape(-1, x.shape[-1])
+    tidy = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
+    return rows if tidy else rows.contiguous()

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import merged, operators
-from .adapter import Adapter, Branches, Factors
+from .adapter import Adapter, Branches, Factors, rows_of
 
 
 class MixedLoRA(torch.autograd.Function):
@@ -54,12 +54,12 @@ class MixedLoRA(torch.autograd.Function):
         strip: Any,
         *factors: Tensor,
     ) -> Tensor:
-        n, k = weight.shape
+        n = weight.shape[0]
         impl, *_ = ctx.constants = constants
         branches = _branches(mixer, seed, constants, factors)
         forward, _ = _implementation(impl)
         made = () if strip is None else (strip,)
-        y, low, gates = forward(_rows(x, k), weight, bias, branches, *made)
+        y, low, gates = forward(rows_of(x), weight, bias, branches, *made)
         ctx.save_for_backward(x, weight, low, gates, mixer, seed, *factors)
         return y.view(*x.shape[:-1], n)
 
@@ -68,11 +68,11 @@ class MixedLoRA(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, gates, mixer, seed, *factors = ctx.saved_tensors
         branches = _branches(mixer, seed, ctx.constants, factors)
-        n, k = weight.shape
+        n = weight.shape[0]
         asked = ctx.needs_input_grad
         needs = [asked[0], asked[3], *asked[7:]]
         _, backward = _implementation(ctx.constants[0])
-        rows, drows = _rows(x, k), dy.reshape(-1, n).contiguous()
+        rows, drows = rows_of(x), dy.reshape(-1, n).contiguous()
         # Autocast would change the dtype of some of these products under an in-place sum.
         with torch.autocast(x.device.type, enabled=False):
             grads = iter(backward(drows, rows, weight, low, gates, branches, needs))
@@ -80,12 +80,6 @@ class MixedLoRA(torch.autograd.Function):
         if dx is not None:
             dx = dx.view(x.shape)
         return dx, None, None, dmixer, None, None, None, *dfactors
-
-
-def _rows(x: Tensor, k: int) -> Tensor:
-    """x as [M, K] whose rows are contiguous and do not overlap."""
-    rows = x.reshape(-1, k)
-    return rows if rows.stride(1) == 1 and rows.stride(0) >= k else rows.contiguous()
 
 
 def _branches(

@@ -11,7 +11,7 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def implementation(impl: str, x: Tensor, weight: Tensor) -> str:
-    """ "torch", "triton" or "reference".
+    """What serves a call: "torch", "triton" or "reference".
 
     "auto" is "triton" on a GPU that runs it, and "torch" on a CPU; on a GPU that does not, it is
     "torch" with one warning that says why.

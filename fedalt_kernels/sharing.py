@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapter import Branches
+from .adapter import Branches, rows_of
 from .choice import implementation
 from .dropout import draw_seed, drop_threshold, keep_scale
 
@@ -78,7 +78,7 @@ class SharedInput:
         from . import fused  # only here, since it needs Triton
 
         first = self.layers[0]
-        rows = x.reshape(-1, x.shape[-1])
+        rows = rows_of(x)
         weights = [layer.weight for layer in self.layers]
         ranks = [a.shape[0] for a, _ in first.adapters]
         threshold = drop_threshold(first.dropout if first.training else 0.0)

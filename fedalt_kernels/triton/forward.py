@@ -1,9 +1,7 @@
-"""The forward schedules that make S themselves: project alone, overlapped, recompute.
+"""S from x: in a launch of its own, or inside the base product's.
 
-`project` is the first launch of *split at the rank* and of *cuBLAS plus expand*; `contract` is the
-second of the former.  *Overlapped* is both in one persistent launch: the first work items make S,
-and the tiles of the base product, which need it only in their last step, rarely wait for it.
-*Recompute* makes S anew for every column of tiles inside the loop of the base product.
+`project` is the first launch of *split at the rank* and of *cuBLAS plus expand*, whose last is
+`contract`.  *Recompute* makes S anew for every column of tiles in the loop of the base product.
 """
 
 from collections.abc import Sequence

@@ -69,6 +69,17 @@ def test_one_pass_and_the_same_bits(
         assert torch.equal(one, other)
 
 
+def test_a_transposed_x_is_read_as_it_is(passes: list[int]) -> None:
+    layers = make_layers(0.0)
+    x = torch.randn(K, ROWS, device=DEVICE).t()
+    alone = [layer(x) for layer in layers]
+    passes.clear()
+    MixedLoRALinear.share_input(layers)
+    for layer, y in zip(layers, alone, strict=True):
+        assert torch.equal(layer(x), y)
+    assert passes == [3]
+
+
 def test_a_changed_x_or_parameter_is_not_taken_for_the_old(passes: list[int]) -> None:
     layers = make_layers(0.0)
     MixedLoRALinear.share_input(layers)

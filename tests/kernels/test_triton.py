@@ -37,6 +37,7 @@ CASES = {
     "no gates, one adapter": replace(ODD, ranks=(4,), frozen=(), gate="none"),
     "eight adapters": replace(ALIGNED, ranks=(1, 2) * 4, frozen=(0, 3, 4)),
     "two blocks of ranks": replace(ALIGNED, ranks=(130, 20), frozen=()),
+    "rank 256": replace(ALIGNED, ranks=(256,), frozen=()),
     "second adapter trained": replace(ODD, ranks=(20, 12), frozen=(0,)),
     "one row": replace(ALIGNED, m=1),
     "as many rows as decode serves": replace(ALIGNED, m=64),
