@@ -1,10 +1,12 @@
 """FedALT: personalised federated fine-tuning with individual and Rest-of-World LoRAs."""
 
-from fedalt.config import Config, load_config
+from fedalt.config import Config
 from fedalt.errors import InputError
-from fedalt.models import individual_state, inject, load_rest_of_world
+from fedalt.models import inject
 from fedalt.run import Federation, load_client
 from fedalt.server import rest_of_world
+from fedalt.settings import load_config
+from fedalt.states import individual_state, load_rest_of_world
 
 __all__ = [
     "Config",

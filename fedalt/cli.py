@@ -12,11 +12,15 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from fedalt.compare import compare
-from fedalt.config import Config, load_config
+from fedalt.config import Config
 from fedalt.errors import InputError, RunFailed
+from fedalt.export import export_client
+from fedalt.join import join_run
 from fedalt.report import write_report
 from fedalt.run import Federation, evaluate_run
-from fedalt.rundir import CONFIG, load_run
+from fedalt.rundir import CONFIG
+from fedalt.settings import load_config
+from fedalt.tensorboard import write_tensorboard
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
     except InputError as error:
         print(f"fedalt: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that is full or read-only, mostly
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fedalt: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except RunFailed as error:
         print(f"fedalt: {error}", file=sys.stderr)
@@ -42,7 +50,7 @@ def _run(options: argparse.Namespace) -> None:
     federation = Federation(_config(options))
     options.cure = f"go on with: fedalt run --out {shlex.quote(federation.config.out)} --resume"
     result = federation.run(resume=options.resume)
-    _show(result.table, result.plot)
+    _show(result.table, result.page)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -56,14 +64,27 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(evaluate_run(options.run, options.client, options.data))
 
 
+def _join(options: argparse.Namespace) -> None:
+    epochs = _whole_number(options.epochs, "--epochs") if options.epochs else None
+    print(join_run(options.run, options.data, epochs))
+
+
+def _export(options: argparse.Namespace) -> None:
+    folder = export_client(options.run, options.client, options.to)
+    print(f"{options.client}: PEFT adapters and mixer in {folder}")
+
+
 def _report(options: argparse.Namespace) -> None:
-    config, _ = load_run(options.run)
-    _show(*write_report(Path(options.run), f"{config.method} on {config.data.path}"))
+    out = Path(options.run)
+    config = load_config(out / CONFIG)
+    _show(*write_report(out, f"{config.method} on {config.data.path}"))
+    if options.tensorboard:
+        print(f"TensorBoard events: {write_tensorboard(out)}")
 
 
-def _show(table: str, plot: Path) -> None:
+def _show(table: str, page: Path) -> None:
     print(table)
-    print(f"plot: {plot}")
+    print(f"report: {page}")
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -108,15 +129,30 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", default="", help="other records of the same clients")
     evaluate.set_defaults(command=_evaluate)
 
-    report = commands.add_parser("report", help="table and plot of a finished or running run")
+    join = commands.add_parser("join", help="fit unseen clients into a run")
+    join.add_argument("run", metavar="RUN", help="a run directory")
+    join.add_argument("--data", required=True, help="one client's folder, or a folder of them")
+    join.add_argument("--epochs", default="", help="passes over their records; default: the run's")
+    join.set_defaults(command=_join)
+
+    export = commands.add_parser("export", help="write a client's adapters in PEFT's file format")
+    export.add_argument("run", metavar="RUN", help="a run directory")
+    export.add_argument("client", metavar="CLIENT", help="a client's id")
+    export.add_argument("--to", required=True, help="a new folder")
+    export.set_defaults(command=_export)
+
+    report = commands.add_parser("report", help="tables and page of a finished or running run")
     report.add_argument("run", metavar="RUN", help="a run directory")
+    report.add_argument("--tensorboard", action="store_true", help="write its events as well")
     report.set_defaults(command=_report)
     return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the sample")
-    parser.add_argument("--data", default="", help="a folder with one folder a client")
+    parser.add_argument(
+        "--data", default="", help="a folder with one folder a client, or a dataset"
+    )
     parser.add_argument("--out", default="", help="the run directory")
     parser.add_argument("--resume", action="store_true", help="go on where the run was cut short")
     parser.add_argument(

@@ -2,72 +2,130 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fedalt.config import TrainConfig
-from fedalt.data.tokens import Example, collate
-from fedalt.loss import answer_loss
+from fedalt.states import State, set_trainable
+
+Loss = Callable[[nn.Module, Sequence[Any]], Tensor]
+"""The mean loss of a batch of examples, for its gradient."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a client tells of its round: the mean loss over its steps, in nats a token."""
+    """What a client tells of its round.
+
+    Attributes:
+        loss: the mean over its steps, in nats (a token).
+        steps: optimizer steps taken; 0 where there was nothing to train.
+        optimizer: AdamW's moments by tensor name, in host memory, where they were asked for.
+    """
 
     loss: float
     steps: int
+    optimizer: State = field(default_factory=dict)
 
 
 def train_client(
     model: nn.Module,
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     config: TrainConfig,
+    loss: Loss,
     *,
+    trains: Sequence[Sequence[str]],
     seed: int,
-    pad_id: int,
+    optimizer: Mapping[str, Tensor] | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> TrainResult:
-    """Train, in place, whatever in ``model`` asks for a gradient.
+    """Train, in place, the named parts of ``model``, which holds the client's state.
 
     Batch order and dropout come from ``seed`` alone, so a round can be run again from its start.
-    AdamW and its schedule start afresh.
+    AdamW's schedule starts afresh, and so do its moments unless they are handed in.
 
     Args:
         model: with the client's adapters loaded.
         examples: the client's train records.
-        seed: of this client's round, as from ``derive_seed``.
-        pad_id: the token that fills short rows.
+        loss: of a batch; it is called in training mode.
+        trains: the parts to train. Several groups share the round's steps, one after the other.
+        seed: of this client's round, as from ``cohort.derive_seed``.
+        optimizer: the moments of an earlier ``TrainResult``, or an empty mapping to begin with;
+            None where nobody keeps them.
         on_step: called after every step, for progress.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device
     steps = count_steps(len(examples), config)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, config))
     order = torch.Generator().manual_seed(seed)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    stream = batches(examples, config, order)
+    device = next(model.parameters()).device
+    total, moments, done = (
+        torch.zeros((), dtype=torch.float64, device=device),
+        dict[str, Tensor](),
+        0,
+    )
     model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for _, batch in zip(range(steps), batches(examples, config, order), strict=False):
-            loss = answer_loss(model, collate(batch, pad_id, device))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            total += loss.detach()
-            on_step()
-    model.eval()
-    return TrainResult(loss=total.item() / steps, steps=steps)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for position, parts in enumerate(trains):
+                share = steps * (position + 1) // len(trains) - steps * position // len(trains)
+                set_trainable(model, parts)
+                trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+                if not trained or not share:
+                    continue
+                adamw = _adamw(trained, config, optimizer or {})
+                schedule = LambdaLR(adamw, _schedule(share, config))
+                for _ in range(share):
+                    step_loss = loss(model, next(stream))
+                    step_loss.backward()
+                    torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
+                    adamw.step()
+                    schedule.step()
+                    adamw.zero_grad(set_to_none=True)
+                    total += step_loss.detach()
+                    on_step()
+                done += share
+                if optimizer is not None:
+                    moments |= _moments(trained, adamw)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.eval()
+    return TrainResult(total.item() / max(done, 1), done, moments)
+
+
+def _adamw(
+    trained: Mapping[str, nn.Parameter], config: TrainConfig, moments: Mapping[str, Tensor]
+) -> torch.optim.AdamW:
+    """AdamW over the tensors, with the moments of those that have any."""
+    adamw = torch.optim.AdamW(
+        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    for name, parameter in trained.items():
+        if f"{name}.step" in moments:
+            adamw.state[parameter] = {
+                key: moments[f"{name}.{key}"].to(parameter.device, copy=True) for key in _MOMENTS
+            }
+    return adamw
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _moments(trained: Mapping[str, nn.Parameter], adamw: torch.optim.AdamW) -> State:
+    return {
+        f"{name}.{key}": adamw.state[parameter][key].detach().cpu()
+        for name, parameter in trained.items()
+        for key in _MOMENTS
+    }
+
+
+def _schedule(steps: int, config: TrainConfig) -> Callable[[int], float]:
+    return lambda step: learning_rate_factor(step, steps, config)
 
 
 def count_steps(examples: int, config: TrainConfig) -> int:
@@ -84,15 +142,9 @@ def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
     return shapes[config.lr_scheduler]
 
 
-def derive_seed(seed: int, round_number: int, client_id: str) -> int:
-    """A 63-bit seed that belongs to one client's round, whatever ran before it."""
-    digest = hashlib.sha256(f"{seed}/{round_number}/{client_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 def batches(
-    examples: Sequence[Example], config: TrainConfig, order: torch.Generator
-) -> Iterator[list[Example]]:
+    examples: Sequence[Any], config: TrainConfig, order: torch.Generator
+) -> Iterator[list[Any]]:
     """Batches of one shuffled pass after another, without end."""
     while True:
         shuffled = torch.randperm(len(examples), generator=order).tolist()

@@ -1,8 +1,9 @@
-"""Several methods on the same data, seeds and budget: one run each, one table for all."""
+"""Several methods on the same data, seeds and budget: one run each, tables and a page for all."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -11,23 +12,34 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from fedalt import report
+from fedalt import page
 from fedalt.checkpoint import write_atomic
 from fedalt.config import Config
 from fedalt.data import load_clients
 from fedalt.errors import InputError, RunFailed
 from fedalt.methods import get_method
-from fedalt.rundir import METRICS, claim_run_dir
-
-COLUMNS = (
-    ("ROUGE-1 last", lambda results: results["mean"]["last"]["rouge1"]),
-    ("ROUGE-1 best", lambda results: results["mean"]["best"]["rouge1"]),
-    ("exact match", lambda results: results["mean"]["last"]["exact_match"]),
-    ("worst client", lambda results: min(c["last"]["rouge1"] for c in results["clients"].values())),
-    ("loss", lambda results: results["mean"]["last"]["loss"]),
+from fedalt.page import Line, section
+from fedalt.report import read_results, read_times
+from fedalt.rundir import claim_run_dir
+from fedalt.tables import (
+    LOCAL,
+    Results,
+    Sheet,
+    compare_sheet,
+    csv_text,
+    deviation,
+    digits_of,
+    label,
+    mean_of,
+    measures,
+    number,
+    sheet_text,
+    wins,
 )
+
+Runs = Mapping[str, Sequence[Results]]
+"""The results of every method, in the order of the seeds."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,8 @@ def compare(
         resume: go on with runs that were cut short; finished ones are only read.
 
     Returns:
-        The table (mean ± standard deviation over the seeds) and the plot's path.
+        The tables (mean ± standard deviation over the seeds) and the path of ``compare.html``;
+        ``compare.json``, ``.md`` and ``.csv`` lie beside it.
 
     Raises:
         InputError: as ``fedalt run`` says, before any run starts.
@@ -72,7 +85,8 @@ def compare(
         if len(set(items)) < len(items):
             raise InputError(f"{what}: names one twice; name it once")
     for seed in seeds:
-        load_clients(config.data, seed)
+        for client in load_clients(config.data, config.partition, seed):
+            client.read()
     root = Path(config.out or f"runs/{Path(config.data.path).name}-compare")
     threads = config.threads or max(1, (os.cpu_count() or 1) // jobs)
     todo = [
@@ -93,44 +107,138 @@ def compare(
     root.mkdir(parents=True, exist_ok=True)
     _run_all(todo, jobs, root)
     runs = {
-        name: [
-            report.summarise(report.read_events(job.out / METRICS))
-            for job in todo
-            if job.config.method == name
-        ]
-        for name in methods
+        name: [_read_run(job.out) for job in todo if job.config.method == name] for name in methods
     }
-    text = compare_table(runs)
+    text = compare_table(runs, seeds)
     summary = {"methods": runs, "seeds": list(seeds), "config": config.to_dict()}
-    write_atomic(root / "compare.json", json.dumps(summary, indent=1) + "\n")
-    write_atomic(root / "compare.md", text + "\n")
-    plot = root / "compare.png"
-    title = f"{config.data.path}: mean of {len(seeds)} seeds and all clients"
-    report.plot_curves({name: _mean_curve(results) for name, results in runs.items()}, title, plot)
-    return text, plot
+    title = f"{config.data.path}: {len(methods)} methods, {len(seeds)} seeds"
+    contents = {
+        "compare.json": json.dumps(summary, indent=1) + "\n",
+        "compare.md": text + "\n",
+        "compare.csv": compare_csv(runs, seeds),
+        "compare.html": compare_page(title, runs, seeds, config.to_yaml()),
+    }
+    for name, content in contents.items():
+        write_atomic(root / name, content)
+    return text, root / "compare.html"
 
 
-def compare_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """A line a method: mean ± standard deviation over the seeds of means over the clients."""
+def _read_run(out: Path) -> Results:
+    """The results of a finished run, and its ``seconds`` where they were taken down."""
+    times = read_times(out / "times.jsonl")
+    return {**read_results(out), "seconds": sum(row["seconds"] for row in times) if times else None}
+
+
+def compare_table(runs: Mapping[str, Sequence[Results]], seeds: Sequence[int]) -> str:
+    """The methods' table and, where ``local`` is among them, the differences from it by seed."""
+    text = sheet_text(compare_sheet(runs))
+    by_seed = seed_sheet(runs, seeds)
+    return f"{text}\n\n{sheet_text(by_seed)}" if by_seed else text
+
+
+def seed_sheet(runs: Mapping[str, Sequence[Results]], seeds: Sequence[int]) -> Sheet | None:
+    """The main metric of ``local`` by seed, and what every other method adds to it; or None."""
+    others = [name for name in runs if name != LOCAL]
+    if LOCAL not in runs or not others:
+        return None
+    main = runs[LOCAL][0]["metric"]
+    last = {
+        name: [run["mean"].get("last", {}).get(main, math.nan) for run in results]
+        for name, results in runs.items()
+    }
+    columns = [last[LOCAL]] + [
+        [own - alone for own, alone in zip(last[name], last[LOCAL], strict=True)] for name in others
+    ]
+    digits = digits_of(main)
+    rows = [
+        [str(seed), f"{alone:.{digits}f}", *(f"{value:+.{digits}f}" for value in added)]
+        for seed, alone, *added in zip(seeds, *columns, strict=True)
+    ]
+    foot = ["mean", *(deviation(column, digits, True, i > 0) for i, column in enumerate(columns))]
+    header = [f"seed, {label(main)}", LOCAL, *(f"{name} - {LOCAL}" for name in others)]
+    return Sheet(header, rows, [foot])
+
+
+def compare_csv(runs: Mapping[str, Sequence[Results]], seeds: Sequence[int]) -> str:
+    """A line a run with unrounded numbers; ``wins`` of ``pairs`` clients are above local."""
+    columns = measures(runs)
     rows = []
     for name, results in runs.items():
-        digits = [3 if title == "loss" else 1 for title, _ in COLUMNS]
-        values = [[value_of(result) for result in results] for _, value_of in COLUMNS]
-        rows.append([name, *(_spread(v, d) for v, d in zip(values, digits, strict=True))])
-    return report.table(("method", *(title for title, _ in COLUMNS)), rows)
+        for index, (seed, run) in enumerate(zip(seeds, results, strict=True)):
+            row = {"method": name, "seed": seed, **{m.name: m.value(run) for m in columns}}
+            won = wins([run], runs.get(LOCAL, ())[index : index + 1]) if name != LOCAL else ()
+            rows.append(row | dict(zip(("wins", "pairs"), won, strict=False)))
+    return csv_text(["method", "seed", *(m.name for m in columns), "wins", "pairs"], rows)
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def _mean_curve(results: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    curves = [c["curve"] for result in results for c in result["clients"].values()]
-    return [
-        (rows[0]["round"], statistics.mean(row["rouge1"] for row in rows))
-        for rows in zip(*curves, strict=True)
+def compare_page(title: str, runs: Runs, seeds: Sequence[int], config: str) -> str:
+    """The tables, and the methods' curves by round and by what they sent and received."""
+    first = next(iter(runs.values()))[0]
+    main = first["metric"]
+    clients = {name: _client_means(results, main) for name, results in runs.items()}
+    names = dict.fromkeys(client for own in clients.values() for client in own)
+    by_client = [
+        [client, *(number(own.get(client), digits_of(main)) for own in clients.values())]
+        for client in names
     ]
+    by_seed = seed_sheet(runs, seeds)
+    by_round = [
+        page.line_chart(f"{label(metric)} by round", "round", _lines(runs, "round", metric))
+        for metric in dict.fromkeys((main, "loss"))
+    ]
+    price = page.line_chart(
+        f"{label(main)} by MiB sent and received so far", "MiB", _lines(runs, "bytes", main)
+    )
+    return page.document(
+        title,
+        {
+            "methods": str(len(runs)),
+            "seeds": ", ".join(map(str, seeds)),
+            "clients": str(len(names)),
+        },
+        [
+            section("Methods", page.sheet_html(compare_sheet(runs))),
+            section("By seed", page.sheet_html(by_seed)) if by_seed else "",
+            section("Curves, mean of seeds and clients", page.figures(*by_round, price)),
+            section(
+                f"{label(main)} by client, mean of seeds",
+                page.sheet_html(Sheet(["client", *runs], by_client)),
+            ),
+        ],
+        config,
+    )
+
+
+def _client_means(results: Sequence[Results], metric: str) -> dict[str, float | None]:
+    """By client, the mean over the seeds of its last score."""
+    names = dict.fromkeys(name for run in results for name in run["clients"])
+    return {
+        name: mean_of(run["clients"].get(name, {}).get("last", {}).get(metric) for run in results)
+        for name in names
+    }
+
+
+def _lines(runs: Runs, across: str, metric: str) -> list[Line]:
+    """A line a method: the mean over the seeds, at the rounds that all of them reached.
+
+    Args:
+        runs: of every method.
+        across: ``round`` or ``bytes``; the latter are drawn as MiB, if anything was sent at all.
+        metric: what goes up.
+    """
+    lines = []
+    for i, (name, results) in enumerate(runs.items()):
+        curves = [{row["round"]: row for row in run["curve"] if metric in row} for run in results]
+        rounds = sorted(set[int].intersection(*(set(curve) for curve in curves)))
+        points: list[tuple[float, float]] = []
+        for at in rounds:
+            bytes_moved = statistics.fmean(curve[at]["bytes"] for curve in curves)
+            score = statistics.fmean(curve[at][metric] for curve in curves)
+            points.append((at if across == "round" else bytes_moved / 2**20, score))
+        style = f"c{i % page.FEW}" + (" dashed" if i >= page.FEW else "")
+        lines.append(Line(name, points, style))
+    moved = across == "round" or any(x > 0 for line in lines for x, _ in line.points)
+    return lines if moved else []
 
 
 def _run_all(todo: Sequence[Job], jobs: int, root: Path) -> None:

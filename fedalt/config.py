@@ -1,20 +1,17 @@
-"""What a run is: frozen dataclasses, read from YAML, every key checked by name and by type."""
+"""What a run is: frozen dataclasses; every value is checked when one is made."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from fedalt.errors import InputError
 
-SAMPLE = "sample"
-BUILTIN_BASE = "builtin"
+SAMPLE, DIGITS = "sample", "digits"
+BUILTIN_BASE, BUILTIN_VIT = "builtin", "builtin-vit"
 
 
 def _require(condition: bool, key: str, wanted: str, got: object) -> None:
@@ -22,18 +19,21 @@ def _require(condition: bool, key: str, wanted: str, got: object) -> None:
         raise InputError(f"{key} must be {wanted}, got {got!r}")
 
 
+def _require_one_of(known: tuple[str, ...], key: str, got: str) -> None:
+    _require(got in known, key, f"one of {', '.join(known)}", got)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The frozen base model that all clients share."""
 
     path: str = BUILTIN_BASE
-    """A Hugging Face model id or folder; ``builtin`` is the tiny base in the package."""
+    """A Hugging Face model id or folder; ``builtin`` and ``builtin-vit`` are in the package."""
     dtype: str = "float32"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        dtypes = ("float32", "bfloat16", "float16")
-        _require(self.dtype in dtypes, "model.dtype", f"one of {', '.join(dtypes)}", self.dtype)
+        _require_one_of(("float32", "bfloat16", "float16"), "model.dtype", self.dtype)
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,21 @@ class LoraConfig:
     """Names of linear layers (``q_proj``), as in PEFT; ``all-linear``: all but the output head."""
     impl: str = "auto"
     """How adapted layers are computed: ``triton`` on a GPU, ``torch``, ``reference``."""
+    modules_to_save: tuple[str, ...] = ()
+    """Whole modules trained beside the adapters, as in PEFT: a classifier's new head."""
+    client_ranks: dict[str, int] = field(default_factory=dict)
+    """Clients of another rank, for methods that can combine ranks; 0: trains no adapter."""
+    client_starts: dict[str, str] = field(default_factory=dict)
+    """By client, a PEFT adapter's folder that its individual LoRA starts from."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
         _require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
         _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
         _require(len(self.target_modules) > 0, "lora.target_modules", "a list of names", [])
-        known = ("auto", "triton", "torch", "reference")
-        _require(self.impl in known, "lora.impl", f"one of {', '.join(known)}", self.impl)
+        _require_one_of(("auto", "triton", "torch", "reference"), "lora.impl", self.impl)
+        for name, rank in self.client_ranks.items():
+            _require(rank >= 0, f"lora.client_ranks.{name}", "at least 0", rank)
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,30 @@ class DataConfig:
     """Where the clients' records are and how one becomes tokens."""
 
     path: str = SAMPLE
-    """A folder with one folder a client; ``sample`` is the federation in the package."""
+    """Folders, one a client: ``train.jsonl`` and ``test.jsonl``, or images in ``train/CLASS`` and
+    ``test/CLASS``. Of images also one a domain: ``DOMAIN/CLASS``. Or a `datasets` dataset that
+    ``partition`` cuts into clients: files (jsonl, json, csv, parquet, arrow; ``*`` is understood),
+    a folder of such or from ``save_to_disk``, or a hub id, ``owner/name`` or
+    ``owner/name:config``. Or ``sample`` or ``digits``, the federations in the package."""
+    kind: str = "text"
+    """``text``: instructions and answers. ``image``: images and class names."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """In place of ``path``: by client, its own `datasets` dataset, which is not cut."""
+    splits: tuple[str, ...] = ("train",)
+    """Of a `datasets` dataset, the splits that are joined before they are cut."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """By field of a row, its column where that has another name, such as
+    ``-c 'data.columns={output: answer}'``. Fields of texts: ``instruction``, ``output``, ``input``,
+    ``category``, ``options``; of images: ``image`` (also found as ``img``), ``label``
+    (``fine_label``), ``category``; of a suite: its own columns."""
+    format: str = "auto"
+    """How rows of a `datasets` dataset become texts: ``records`` have the fields above;
+    ``hellaswag``, ``boolq``, ``piqa``, ``siqa``, ``winogrande``, ``arc``, ``openbookqa`` are as on
+    the hub; ``auto`` goes by the columns."""
+    test_share: float = 0.2
+    """The share of a client's records that tests, where its data has no test part."""
     clients: tuple[str, ...] = ()
-    """Only these clients, in this order; empty: every folder, in the order of their names."""
+    """Only these clients, in this order; empty: all, in the order of their names."""
     prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
     prompt_with_input: str = (
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -73,6 +101,13 @@ class DataConfig:
     """Tokens of prompt and answer together; a longer prompt loses its beginning."""
 
     def __post_init__(self) -> None:
+        _require_one_of(("text", "image"), "data.kind", self.kind)
+        suites = ("hellaswag", "boolq", "piqa", "siqa", "winogrande", "arc", "openbookqa")
+        _require_one_of(("auto", "records", *suites), "data.format", self.format)
+        one = not self.sources or self.path == SAMPLE
+        _require(one, "data.path", "left out where data.sources is given", self.path)
+        _require(0 < self.test_share < 1, "data.test_share", "in (0, 1)", self.test_share)
+        _require(len(self.splits) > 0, "data.splits", "a list of names", [])
         _require(self.max_length >= 8, "data.max_length", "at least 8", self.max_length)
         _require("{instruction}" in self.prompt, "data.prompt", "a text with {instruction}", "none")
         _require(
@@ -107,10 +142,91 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "train.weight_decay", "at least 0", self.weight_decay)
         _require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
         _require(self.max_grad_norm > 0, "train.max_grad_norm", "above 0", self.max_grad_norm)
-        schedules = ("linear", "cosine", "constant")
-        known = self.lr_scheduler in schedules
-        wanted = f"one of {', '.join(schedules)}"
-        _require(known, "train.lr_scheduler", wanted, self.lr_scheduler)
+        _require_one_of(("linear", "cosine", "constant"), "train.lr_scheduler", self.lr_scheduler)
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """How one dataset is cut into clients."""
+
+    by: str = ""
+    """``column``: a client a value. ``dirichlet``: shares of every label drawn from Dir(alpha).
+    ``pathological``: ``classes`` labels a client. ``equal``: at random. Empty: not cut."""
+    column: str = ""
+    """The column of the label, or of the task or domain that makes a client; in a folder of
+    domains ``domain``."""
+    superclasses: dict[str, str] = field(default_factory=dict)
+    """For ``dirichlet``, by label, the superclass that stands in its place; empty: the label
+    itself. A column of superclasses, such as CIFAR-100's ``coarse_label``, needs none."""
+    clients: int = 8
+    """How many; with ``column`` the values decide, but more clients than there are folders of
+    domains share these equally."""
+    alpha: float = 0.3
+    """Of ``dirichlet``: the lower, the fewer clients hold most of a label."""
+    classes: int = 10
+    """Of ``pathological``: labels a client."""
+    min_records: int = 10
+    """A draw that leaves a client fewer records is repeated; with ``column`` it is refused."""
+
+    def __post_init__(self) -> None:
+        known = ("", "column", "dirichlet", "pathological", "equal")
+        _require(self.by in known, "partition.by", f"one of {', '.join(known[1:])}", self.by)
+        wants_column = self.by in ("column", "dirichlet", "pathological")
+        _require(bool(self.column) or not wants_column, "partition.column", "a column's name", "")
+        _require(self.clients >= 1, "partition.clients", "at least 1", self.clients)
+        _require(
+            bool(self.by) or not self.column, "partition.by", "given beside partition.column", ""
+        )
+        only_dirichlet = self.by == "dirichlet" or not self.superclasses
+        _require(only_dirichlet, "partition.by", "dirichlet, to cut by superclasses", self.by)
+        _require(self.alpha > 0, "partition.alpha", "above 0", self.alpha)
+        _require(self.classes >= 1, "partition.classes", "at least 1", self.classes)
+        _require(self.min_records >= 2, "partition.min_records", "at least 2", self.min_records)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part in a round, what the server refuses, how it averages, who joins later."""
+
+    participation: float = 1.0
+    """The share of known clients drawn in every round."""
+    min_clients: int = 2
+    """With fewer good updates nothing is combined in that round. Two clients of FedALT see each
+    other's adapter as their Rest-of-World."""
+    max_age: int = 5
+    """Rounds for which an absent client's last contribution counts in a Rest-of-World."""
+    stragglers: float = 0.0
+    """The share of drawn clients whose update misses its round and counts from the next."""
+    away: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By client, the rounds in which it cannot be drawn."""
+    aggregate: str = "mean"
+    """``mean``, ``trimmed`` (of each number, the ``trim`` share at both ends is left out),
+    ``median``, or ``clipped`` (updates of more than the median norm are scaled down to it)."""
+    trim: float = 0.1
+    max_norm_ratio: float | None = 10.0
+    """An update of more than this times the round's median norm is refused; null: never."""
+    holdout: float = 0.0
+    """The share of clients kept out of training, who join after the last round."""
+    join_epochs: int = 5
+    """Passes over its train records by which an unseen client fits itself in."""
+    join_start: str = "row"
+    """Where an unseen client's individual LoRA starts: ``fresh``, ``row``, ``nearest``."""
+
+    def __post_init__(self) -> None:
+        share = 0 < self.participation <= 1
+        _require(share, "federation.participation", "in (0, 1]", self.participation)
+        _require(self.min_clients >= 2, "federation.min_clients", "at least 2", self.min_clients)
+        _require(self.max_age >= 0, "federation.max_age", "at least 0", self.max_age)
+        _require(0 <= self.stragglers < 1, "federation.stragglers", "in [0, 1)", self.stragglers)
+        _require_one_of(
+            ("mean", "trimmed", "median", "clipped"), "federation.aggregate", self.aggregate
+        )
+        _require(0 <= self.trim < 0.5, "federation.trim", "in [0, 0.5)", self.trim)
+        ratio_ok = self.max_norm_ratio is None or self.max_norm_ratio > 1
+        _require(ratio_ok, "federation.max_norm_ratio", "above 1, or null", self.max_norm_ratio)
+        _require(0 <= self.holdout < 1, "federation.holdout", "in [0, 1)", self.holdout)
+        _require(self.join_epochs >= 1, "federation.join_epochs", "at least 1", self.join_epochs)
+        _require_one_of(("fresh", "row", "nearest"), "federation.join_start", self.join_start)
 
 
 @dataclass(frozen=True)
@@ -145,6 +261,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -169,114 +287,11 @@ class Config:
         """Every setting by its dotted key, such as ``train.batch_size``."""
         rows: dict[str, Any] = {}
         for key, value in self.to_dict().items():
-            if isinstance(value, dict):
+            if dataclasses.is_dataclass(getattr(self, key)):
                 rows.update({f"{key}.{inner}": v for inner, v in value.items()})
             else:
                 rows[key] = value
         return rows
-
-
-def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a YAML file (none: all defaults), lay ``key.path=value`` overrides over it, check all.
-
-    Raises:
-        InputError: the file is missing or no YAML mapping, or a key or value is not known.
-    """
-    settings: dict[str, Any] = {}
-    where = "config"
-    if path is not None:
-        where = str(path)
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the config: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not UTF-8 text; save the config as UTF-8") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f"{mark.line + 1}: " if mark else " "
-            problem = getattr(error, "problem", None) or "not readable"
-            raise InputError(f"{path}:{line}broken YAML: {problem}") from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise InputError(f"{path}: wants a mapping of settings, got {type(loaded).__name__}")
-        settings = loaded or {}
-    for override in overrides:
-        _apply_override(settings, override)
-    try:
-        return config_from_dict(settings)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def config_from_dict(settings: dict[str, Any]) -> Config:
-    """Build a ``Config`` from nested dicts; unknown keys and wrong types raise ``InputError``."""
-    return _build(Config, settings, prefix="")
-
-
-def _apply_override(settings: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"-c {override}: wants key.path=value, such as -c train.batch_size=8")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"-c {override}: the value is not readable as YAML") from None
-    *parents, last = key.split(".")
-    for parent in parents:
-        settings = settings.setdefault(parent, {})
-        if not isinstance(settings, dict):
-            raise InputError(f"-c {override}: {parent!r} holds a value, not a group of settings")
-    settings[last] = value
-
-
-def _build(cls: type, settings: dict[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(cls)
-    values = {}
-    for key, value in settings.items():
-        if key not in hints:
-            raise InputError(f"unknown key {prefix}{key}{_nearest(str(key), prefix)}")
-        kind = hints[key]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            if not isinstance(value, dict):
-                raise InputError(f"{prefix}{key} must be a group of settings, got {value!r}")
-            values[key] = _build(kind, value, prefix=f"{key}.")
-        else:
-            values[key] = _coerce(kind, value, prefix + key)
-    return cls(**values)
-
-
-def _nearest(key: str, prefix: str) -> str:
-    """A hint at the key that was meant: of the same group first, then a leaf of any other."""
-    known = list(Config().flat())
-    siblings = [name for name in known if prefix and name.startswith(prefix)]
-    leaves = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(prefix + key, siblings, n=1, cutoff=0.8)
-    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(key, leaves, n=1)]
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(siblings or known)}"
-
-
-def _coerce(kind: Any, value: Any, key: str) -> Any:
-    """``value`` as ``kind``; an int may stand for a float, and one word for a list of one."""
-    if get_origin(kind) in (Union, types.UnionType):
-        if value is None:
-            return None
-        kind = next(option for option in get_args(kind) if option is not type(None))
-    if get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
-            return tuple(items)
-        raise InputError(f"{key} must be a list of names, got {value!r}")
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            raise InputError(f"{key} must be a number, got {value!r}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise InputError(f"{key} must be {names[kind]}, got {value!r}")
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -1,68 +1,68 @@
-"""Scores of one client's model on test records: by generation and by loss."""
+"""Scores of one client's model on test examples: by generation, by likelihood and by loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedalt.config import EvaluateConfig
+from fedalt.data.images import ImageExample
+from fedalt.data.records import Record
 from fedalt.data.tokens import Example, collate
+from fedalt.gates import GateMeter
+from fedalt.likelihood import choice_scores
 from fedalt.loss import answer_loss
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Means over a client's test records.
-
-    Attributes:
-        rouge1: ROUGE-1 F-measure with stemming, in percent.
-        exact_match: answers equal to the reference but for outer white space, in percent.
-        loss: cross entropy of the reference answers, in nats a token.
-    """
-
-    rouge1: float
-    exact_match: float
-    loss: float
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-    def cells(self) -> list[str]:
-        """The scores as they stand in a table, in the order above."""
-        return [f"{self.rouge1:.1f}", f"{self.exact_match:.1f}", f"{self.loss:.3f}"]
+from fedalt.metrics import named_option, text_scores
 
 
 @torch.no_grad()
-def evaluate_client(
+def evaluate_text(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
-    references: Sequence[str],
+    records: Sequence[Record],
     config: EvaluateConfig,
-) -> Scores:
-    """Score ``model``, which holds the client's adapters, on the client's test examples.
+    meter: GateMeter | None = None,
+) -> dict[str, float]:
+    """Score ``model``, which holds a client's adapters, on the client's test examples.
 
     Args:
         examples: prompts and answers in token ids.
-        references: the answers as text, in the same order.
+        records: what they were made of, in the same order.
+        meter: watches the loss's pass over the examples.
+
+    Returns:
+        ``rouge1``, ``rouge2``, ``rougeL``, ``exact_match`` in percent and ``loss`` in nats a token;
+        where every record has options also ``accuracy`` (of the option that the generated answer
+        names), ``choice`` and ``choice_norm`` (by likelihood), in percent.
     """
     model.eval()
     device = next(model.parameters()).device
     answers = [""] * len(examples)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     longest_first = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     for start in range(0, len(examples), config.batch_size):
         rows = longest_first[start : start + config.batch_size]
         chunk = [examples[i] for i in rows]
-        total += answer_loss(model, collate(chunk, tokenizer.pad_token_id, device), "sum").cpu()
+        with meter or nullcontext():
+            total += answer_loss(model, collate(chunk, tokenizer.pad_token_id, device), "sum")
         for i, text in zip(rows, generate(model, tokenizer, chunk, config), strict=True):
             answers[i] = text
     tokens = sum(len(example.answer) for example in examples)
-    return score(answers, references, loss=total.item() / tokens)
+    scores = text_scores(answers, [record.output for record in records])
+    scores["loss"] = total.item() / tokens
+    if all(record.options for record in records):
+        named = [
+            named_option(answer, record.options) == record.options.index(record.output)
+            for answer, record in zip(answers, records, strict=True)
+        ]
+        scores["accuracy"] = 100 * sum(named) / len(named)
+        scores |= choice_scores(model, tokenizer, examples, records, config.batch_size)
+    return scores
 
 
 def generate(
@@ -85,12 +85,29 @@ def generate(
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def score(answers: Sequence[str], references: Sequence[str], loss: float) -> Scores:
-    """ROUGE-1 and exact match of generated answers, beside a loss measured elsewhere."""
-    from rouge_score.rouge_scorer import RougeScorer  # here, since it takes a second to import
+@torch.no_grad()
+def evaluate_images(
+    model: nn.Module,
+    pixels: Callable[[Sequence[ImageExample]], Tensor],
+    examples: Sequence[ImageExample],
+    batch_size: int,
+    meter: GateMeter | None = None,
+) -> dict[str, float]:
+    """``accuracy`` in percent and ``loss`` in nats of an image classifier.
 
-    scorer = RougeScorer(["rouge1"], use_stemmer=True)
-    pairs = list(zip(answers, references, strict=True))
-    rouge1 = sum(scorer.score(ref, answer)["rouge1"].fmeasure for answer, ref in pairs)
-    exact = sum(answer == ref for answer, ref in pairs)
-    return Scores(100 * rouge1 / len(pairs), 100 * exact / len(pairs), loss)
+    Args:
+        pixels: of a batch of examples, float32 [B, C, H, W].
+        meter: watches the pass over the examples.
+    """
+    model.eval()
+    weight = next(model.parameters())
+    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    with meter or nullcontext():
+        for start in range(0, len(examples), batch_size):
+            chunk = examples[start : start + batch_size]
+            logits = model(pixel_values=pixels(chunk).to(weight.device, weight.dtype)).logits
+            labels = torch.tensor([example.label for example in chunk], device=logits.device)
+            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            total += torch.stack([(logits.argmax(-1) == labels).sum(), loss]).double()
+    right, loss = (total / len(examples)).tolist()
+    return {"accuracy": 100 * right, "loss": loss}

@@ -1,45 +1,13 @@
-"""FedALT and its rivals: each a few lines of declaration over one loop (``run.py``).
-
-In every round a client loads its state, trains what asks for a gradient, and hands in its
-individual adapters; ``combine`` turns all hand-ins into what each client installs.
-"""
+"""FedALT, its ablations and variants, and the register of all methods."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
-
-from torch import Tensor
-
-from fedalt import server
+from fedalt import products, server
 from fedalt.errors import InputError
-
-Update = Mapping[str, Tensor]
-
-
-class Method:
-    """What is in the forward, what is sent, how it is combined, and what a client then uses."""
-
-    name: ClassVar[str]
-    rest_of_world: ClassVar[bool] = False
-    """The forward holds a second, frozen adapter and a trained mixer; ``combine`` fills it."""
-    sends: ClassVar[bool] = True
-    """Clients hand in their individual adapters. A method that does not needs no other client."""
-    keeps_local: ClassVar[bool] = False
-    """A client is evaluated and used as it was before the last installation."""
-
-    def combine(self, updates: Sequence[Update], examples: Sequence[int]) -> list[Update]:
-        """What every client installs, under the names of the individual adapters.
-
-        Args:
-            updates: the individual adapters handed in, one dict a client.
-            examples: the number of train records of each.
-
-        Returns:
-            One dict a client. It goes into the Rest-of-World adapters if the method has them,
-            else it takes the place of the individual ones.
-        """
-        raise NotImplementedError
+from fedalt.method import Combined, Install, Method, Round
+from fedalt.rivals import RIVALS
+from fedalt.server import Update
+from fedalt.states import HEAD, INDIVIDUAL, MIXER, REST_OF_WORLD, State, as_rest_of_world
 
 
 class FedALT(Method):
@@ -47,36 +15,143 @@ class FedALT(Method):
 
     name = "fedalt"
     rest_of_world = True
+    sends = (INDIVIDUAL,)
+    counts_absent = True
 
-    def combine(self, updates: Sequence[Update], examples: Sequence[int]) -> list[Update]:
-        return list(server.rest_of_world(updates))
+    def combine(self, round: Round) -> Combined:
+        row = self.row(round)
+        return Combined(lambda client: as_rest_of_world(row(client)))
 
-
-class Local(Method):
-    """Every client alone: nothing is sent."""
-
-    name = "local"
-    sends = False
-
-
-class FedIT(Method):
-    """FedAvg of one LoRA, weighted by examples (Zhang et al. 2024)."""
-
-    name = "fedit"
-
-    def combine(self, updates: Sequence[Update], examples: Sequence[int]) -> list[Update]:
-        return [server.mean(updates, examples)] * len(updates)
+    def row(self, round: Round) -> Install:
+        """By client id, its Rest-of-World, under the names of what was sent."""
+        return round.others()
 
 
-class FedITFineTuned(FedIT):
-    """FedIT; each client then uses its own last local state, the mean trained once more."""
+class Half(FedALT):
+    """FedALT whose mixer is fixed at one half."""
 
-    name = "fedit+ft"
-    keeps_local = True
+    name = "fedalt-half"
+    mixer = (0.5, 0.5)
+
+
+class Scalar(FedALT):
+    """FedALT with one gate a layer, whatever the token."""
+
+    name = "fedalt-scalar"
+    mixer = "scalar"
+
+
+class SelfIncluded(FedALT):
+    """FedALT whose Rest-of-World is the mean of all, the client among them."""
+
+    name = "fedalt-self"
+
+    def row(self, round: Round) -> Install:
+        everyone = round.others()("")
+        return lambda client: everyone
+
+
+class TrainedRow(FedALT):
+    """FedALT whose Rest-of-World is trained along, until the next one replaces it."""
+
+    name = "fedalt-trained-row"
+    trains = ((INDIVIDUAL, REST_OF_WORLD, MIXER, HEAD),)
+
+
+class Weighted(FedALT):
+    """FedALT whose Rest-of-World is weighted by the others' numbers of examples."""
+
+    name = "fedalt-weighted"
+
+    def row(self, round: Round) -> Install:
+        return round.others(by_examples=True)
+
+
+class ExactRow(FedALT):
+    """FedALT whose Rest-of-World is the others' mean product, cut back to the rank by SVD."""
+
+    name = "fedalt-svd"
+
+    def row(self, round: Round) -> Install:
+        def of_others(client: str) -> State:
+            others = [other for other in round.updates if other != client]
+            return round.mean_product(others, client)
+
+        return of_others
+
+
+class Similar(FedALT):
+    """FedALT whose Rest-of-World favours clients of like B: weights softmax(cosine / 0.1)."""
+
+    name = "fedalt-similar"
+
+    def row(self, round: Round) -> Install:
+        cosines = products.similarity(list(round.updates.values()))
+        ids = list(round.updates)
+
+        def of_like(client: str) -> Update:
+            if client not in round.updates:
+                return round.others()(client)
+            others = [other for other in ids if other != client]
+            shares = cosines[ids.index(client), [ids.index(other) for other in others]] / 0.1
+            return server.mean([round.updates[o] for o in others], shares.softmax(0).tolist())
+
+        return of_like
+
+
+class OwnStart(FedALT):
+    """FedALT whose clients each draw their own first A."""
+
+    name = "fedalt-own-start"
+    one_start = False
+
+
+class KeptOptimizer(FedALT):
+    """FedALT whose clients keep AdamW's moments from round to round."""
+
+    name = "fedalt-kept-optimizer"
+    keeps_optimizer = True
+
+
+class OneA(FedALT):
+    """FedALT on one random A, shared and frozen: the mean of the products is then exact."""
+
+    name = "fedalt-one-a"
+    trains = ((f"{INDIVIDUAL}.b", MIXER, HEAD),)
+    sends = (f"{INDIVIDUAL}.b",)
+    second_starts = True
+
+
+class Warm(FedALT):
+    """FedALT whose individual LoRAs start from two rounds of FedAvg."""
+
+    name = "fedalt-warm"
+    warm_rounds = 2
+
+    def combine(self, round: Round) -> Combined:
+        if round.number > self.warm_rounds:
+            return super().combine(round)
+        mean = round.mean()
+        return Combined(lambda client: mean)
 
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (FedALT(), Local(), FedIT(), FedITFineTuned())
+    method.name: method
+    for method in (
+        FedALT(),
+        *RIVALS,
+        Half(),
+        Scalar(),
+        SelfIncluded(),
+        TrainedRow(),
+        Weighted(),
+        ExactRow(),
+        Similar(),
+        OwnStart(),
+        KeptOptimizer(),
+        OneA(),
+        Warm(),
+    )
 }
 
 

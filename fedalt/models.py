@@ -1,28 +1,19 @@
-"""The base model: load it, put the mixed-LoRA layers in, take adapters out and in.
-
-One base serves all clients. A client is a ``State``: the tensors of its adapters and mixers by
-name, copied into the layers when its turn comes.
-"""
+"""The base model: load it and put the mixed-LoRA layers in."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedalt.config import BUILTIN_BASE, ModelConfig
 from fedalt.errors import InputError
 from fedalt_kernels import MixedLoRALinear
 
-State = dict[str, Tensor]
-"""Adapter tensors by name, such as ``model.layers.0.self_attn.q_proj.individual.a``."""
-
-INDIVIDUAL, REST_OF_WORLD, MIXER = "individual", "rest_of_world", "mixer"
 ALL_LINEAR = "all-linear"
 # Names under which layers of one module read the same input, in the order in which they are called.
 READ_ONE_INPUT = [
@@ -69,7 +60,8 @@ def inject(
     seed: int = 0,
     *,
     rest_of_world: bool = True,
-    mixer: bool | tuple[float, ...] = True,
+    mixer: bool | str | tuple[float, ...] | None = True,
+    modules_to_save: Sequence[str] = (),
     impl: str = "auto",
 ) -> nn.Module:
     """Freeze ``model`` and replace its targeted linear layers by ``MixedLoRALinear``, in place.
@@ -82,6 +74,8 @@ def inject(
         seed: of the first A and mixer; equal seeds give equal starts whatever the device.
         rest_of_world: with the frozen second adapter; without it each layer is one plain LoRA.
         mixer, impl: as in ``MixedLoRALinear``.
+        modules_to_save: names of modules that are trained whole beside the adapters, as in PEFT,
+            such as a classifier's new head.
 
     Returns:
         The same model.
@@ -93,7 +87,7 @@ def inject(
     names = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
     if any(isinstance(module, MixedLoRALinear) for module in model.modules()):
         raise InputError("inject: the model has its adapters already; load a state instead")
-    targets = _target_names(model, names)
+    targets = [name for name in _target_names(model, names) if name not in modules_to_save]
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in targets:
@@ -105,6 +99,7 @@ def inject(
         layer.reset_parameters(generator)
         layer.train(base.training)
         setattr(model.get_submodule(parent), leaf, layer)
+    _train_whole(model, modules_to_save)
     _try_out(layer)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in targets):
         _share_inputs(model.get_submodule(parent))
@@ -120,6 +115,23 @@ def _try_out(layer: MixedLoRALinear) -> None:
         raise InputError(f"lora.impl: {error}") from None
 
 
+def _train_whole(model: nn.Module, names: Sequence[str]) -> None:
+    """Make the named modules part of every client's state, in a dtype wide enough to train."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            known = ", ".join(child for child, _ in model.named_children())
+            raise InputError(f"lora.modules_to_save: no module is named {name!r}; known: {known}")
+        module = modules[name].requires_grad_(True)
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
+            module.float().register_forward_pre_hook(_widen)
+    model.fedalt_heads = tuple(names)  # type: ignore[assignment]
+
+
+def _widen(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return arguments[0].float(), *arguments[1:]
+
+
 def _share_inputs(module: nn.Module) -> None:
     """Let a module's adapted layers that read the same input share their pass over it."""
     for names in READ_ONE_INPUT:
@@ -129,86 +141,10 @@ def _share_inputs(module: nn.Module) -> None:
             MixedLoRALinear.share_input(adapted)
 
 
-def adapter_state(model: nn.Module) -> State:
-    """All that makes a client: a copy, in host memory, of every adapter and mixer tensor."""
-    return {name: t.detach().to("cpu", copy=True) for name, t in _adapter_tensors(model)}
-
-
-def individual_state(model: nn.Module) -> State:
-    """A copy of the individual adapters' A and B: all that ever leaves a client."""
-    return select(adapter_state(model), INDIVIDUAL)
-
-
-def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a whole client into the model.
-
-    Raises:
-        ValueError: a name is missing or unknown, or a shape differs.
-    """
-    _copy_in(model, state, lambda name: True)
-
-
-def load_rest_of_world(model: nn.Module, row: Mapping[str, Tensor]) -> None:
-    """Copy a Rest-of-World, one of ``rest_of_world(updates)``, into the model's frozen adapters.
-
-    Its names are those of the individual adapters it is the mean of, or of the frozen ones.
-    """
-    _copy_in(model, as_rest_of_world(row), lambda name: is_part(name, REST_OF_WORLD))
-
-
-def as_rest_of_world(update: Mapping[str, Tensor]) -> State:
-    """The same tensors under the names of the Rest-of-World adapters."""
-    return {
-        name.replace(f".{INDIVIDUAL}.", f".{REST_OF_WORLD}."): tensor
-        for name, tensor in update.items()
-    }
-
-
-def select(state: Mapping[str, Tensor], part: str) -> State:
-    """The tensors of one part of a state: ``individual``, ``rest_of_world`` or ``mixer``."""
-    return {name: tensor for name, tensor in state.items() if is_part(name, part)}
-
-
-def is_part(name: str, part: str) -> bool:
-    return part in name.rsplit(".", 2)[-2:]
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and first values of the frozen weights, to know the base by."""
-    digest = hashlib.sha256()
-    adapters = {name for name, _ in _adapter_tensors(model)}
-    for name, tensor in model.named_parameters():
-        if name not in adapters:
-            head = tensor.detach().flatten()[:1024].float().cpu()
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(head.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for prefix, layer in model.named_modules():
-        if isinstance(layer, MixedLoRALinear):
-            for name, tensor in layer.named_parameters():
-                if not name.startswith("base."):
-                    yield f"{prefix}.{name}", tensor
-
-
-@torch.no_grad()
-def _copy_in(model: nn.Module, state: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> None:
-    tensors = {name: tensor for name, tensor in _adapter_tensors(model) if wanted(name)}
-    for name in sorted(tensors.keys() ^ state.keys()):
-        fault = "is missing from the state" if name in tensors else "is not in the model"
-        raise ValueError(f"{name} {fault}; rank, target_modules and base must be the state's own")
-    for name, tensor in tensors.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, the model wants {tuple(tensor.shape)}"
-            raise ValueError(f"{name} has shape {shapes}")
-        tensor.copy_(state[name])
-
-
 def _target_names(model: nn.Module, wanted: tuple[str, ...]) -> list[str]:
     """Dotted names of the layers to replace, in the model's order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head or getattr(model, "classifier", None)
     linear = {
         name: module
         for name, module in model.named_modules()

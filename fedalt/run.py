@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,30 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedalt import models, report
-from fedalt.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomic
-from fedalt.client import count_steps, derive_seed, train_client
-from fedalt.config import Config
-from fedalt.data import Client, load_clients
-from fedalt.data.tokens import Example, encode
+from fedalt import report, states, tables
+from fedalt.checkpoint import CLIENTS, NEXT, Checkpoint, Draft, load_latest, write_atomic, writing
+from fedalt.client import count_steps
+from fedalt.config import Config, PartitionConfig
+from fedalt.data import load_clients
 from fedalt.errors import InputError
-from fedalt.evaluate import evaluate_client
+from fedalt.gates import GateMeter
+from fedalt.join import fit_in, joined_clients, score
 from fedalt.journal import Journal, Progress
-from fedalt.methods import Method, get_method
-from fedalt.models import State
-from fedalt.rundir import CONFIG, METRICS, RESULTS, claim_run_dir, free_run_dir, load_run
-
-
-@dataclass
-class Participant:
-    """A client in the loop: its examples, where its next round starts, and what it now uses."""
-
-    id: str
-    train: list[Example]
-    test: list[Example]
-    references: list[str]
-    next: Mapping[str, Tensor]
-    used: Mapping[str, Tensor]
+from fedalt.methods import get_method
+from fedalt.rounds import Play
+from fedalt.rundir import (
+    CONFIG,
+    RESULTS,
+    claim_run_dir,
+    free_run_dir,
+    load_run,
+    refuse_changes,
+    settings_of,
+)
+from fedalt.stage import Stage, set_stage
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,13 @@ class Result:
         out: the run directory.
         results: as ``results.json``: last and best scores by client, and their means.
         table: one line a client, as text.
-        plot: the path of the clients' curves.
+        page: the path of the report.
     """
 
     out: Path
     results: Mapping[str, Any]
     table: str
-    plot: Path
+    page: Path
 
 
 class Federation:
@@ -59,7 +57,7 @@ class Federation:
 
     def __init__(self, config: Config) -> None:
         """Raises ``InputError`` for a method that is not known; names the run directory."""
-        self.method = get_method(config.method)
+        get_method(config.method)
         self.config = replace(config, out=config.out or str(free_run_dir(config)))
 
     def run(self, resume: bool = False) -> Result:
@@ -71,134 +69,118 @@ class Federation:
 
         Raises:
             InputError: bad data, model, target or run directory. Nothing has been written then.
+            RunFailed: no client could train.
         """
-        config, method = self.config, self.method
+        config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
         out = claim_run_dir(config, resume)
-        clients = load_clients(config.data, config.seed)
-        if method.sends and len(clients) < 2:
-            raise InputError(f"{config.data.path}: {method.name} wants two clients or more, got 1")
-        model, tokenizer = load_model(config)
-        participants = _participants(clients, models.adapter_state(model), tokenizer, config)
-        fingerprints = {
-            "base": models.base_fingerprint(model),
-            **{f"data of {client.id}": client.fingerprint() for client in clients},
-        }
+        stage = set_stage(config)
         saved = load_latest(out) if resume else None
         if saved:
-            _restore(participants, saved, fingerprints, out)
-        out.mkdir(parents=True, exist_ok=True)
+            _refuse_changes(stage, saved, out)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / CONFIG, config.to_yaml())
 
-        steps = sum(count_steps(len(p.train), config.train) for p in participants)
         done = saved.round if saved else -1
-        with (
-            Journal(out / METRICS, keep=saved.record["metrics_bytes"] if saved else 0) as journal,
-            Progress(config.rounds, steps, max(done, 0)) as progress,
-        ):
+        kept = saved.record["metrics_bytes"] if saved else 0
+        with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
             for number in range(done + 1, config.rounds + 1):
-                if number > 0:
-                    self._train(model, tokenizer, participants, number, journal, progress)
+                draft = Draft(out, number)
+                if saved is None:
+                    sent = _begin(stage, draft)
+                else:
+                    sent = Play(stage, number, saved, draft, journal, progress).run()
                 if number % config.evaluate.every == 0 or number == config.rounds:
-                    self._evaluate(model, tokenizer, participants, number, journal, progress)
+                    _evaluate(stage, draft, number, journal, progress)
                 journal.sync()
-                checkpoint = Checkpoint(
-                    number,
-                    used={p.id: p.used for p in participants},
-                    next={p.id: p.next for p in participants},
-                    record={"fingerprints": fingerprints, "metrics_bytes": journal.size},
-                )
-                save_checkpoint(out, checkpoint, keep=config.save_total_limit)
+                record = {
+                    "clients": [member.id for member in stage.known],
+                    "classes": stage.classes,
+                    "fingerprints": stage.fingerprints,
+                    "settings": settings_of(config),
+                    "metrics_bytes": journal.size,
+                    "sent": sent,
+                }
+                started = time.perf_counter()
+                saved = draft.commit(record, keep=config.save_total_limit)
+                journal.time(number, "save", "", time.perf_counter() - started)
                 progress.end_round(number)
+            assert saved is not None
+            for member in stage.unseen:
+                fit_in(stage, saved, member, out)
 
-        results = report.summarise(report.read_events(out / METRICS))
+        results = report.read_results(out)
         write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
-        table, plot = report.write_report(out, title=f"{method.name} on {config.data.path}")
-        return Result(out, results, table, plot)
-
-    def _train(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        participants: Sequence[Participant],
-        number: int,
-        journal: Journal,
-        progress: Progress,
-    ) -> None:
-        """Every client trains; what all handed in is combined; every client installs its part."""
-        updates, losses = [], []
-        for participant in participants:
-            models.load_adapter_state(model, participant.next)
-            trained = train_client(
-                model,
-                participant.train,
-                self.config.train,
-                seed=derive_seed(self.config.seed, number, participant.id),
-                pad_id=tokenizer.pad_token_id,
-                on_step=progress.step,
-            )
-            journal.write("train", number, participant.id, loss=trained.loss)
-            losses.append(trained.loss)
-            participant.used = participant.next = models.adapter_state(model)
-            updates.append(models.individual_state(model))
-        progress.trained(losses)
-        if not self.method.sends:
-            return
-        inbound = self.method.combine(updates, [len(p.train) for p in participants])
-        for participant, update in zip(participants, inbound, strict=True):
-            row = models.as_rest_of_world(update) if self.method.rest_of_world else update
-            participant.next = {**participant.next, **row}
-            if not self.method.keeps_local:
-                participant.used = participant.next
-
-    def _evaluate(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        participants: Sequence[Participant],
-        number: int,
-        journal: Journal,
-        progress: Progress,
-    ) -> None:
-        for p in participants:
-            models.load_adapter_state(model, p.used)
-            scores = evaluate_client(model, tokenizer, p.test, p.references, self.config.evaluate)
-            journal.write("evaluate", number, p.id, **scores.to_dict())
-            progress.evaluated(p.id, scores.rouge1)
+        with writing(out / "report"):
+            table, page = report.write_report(out, f"{stage.method.name} on {config.data.path}")
+        return Result(out, results, table, page)
 
 
-def load_model(config: Config) -> tuple[nn.Module, Any]:
-    """The base with fresh adapters as the config's method wants them, and its tokenizer."""
-    method: Method = get_method(config.method)
-    model, tokenizer = models.load_base(config.model)
-    lora = config.lora
-    models.inject(
-        model,
-        lora.rank,
-        lora.alpha,
-        lora.dropout,
-        lora.target_modules,
-        seed=config.seed,
-        rest_of_world=method.rest_of_world,
-        impl=lora.impl,
-    )
-    return model, tokenizer
+def _progress(stage: Stage, done: int) -> Progress:
+    config = stage.config
+    steps = sum(count_steps(member.examples, config.train) for member in stage.known)
+    return Progress(config.rounds, round(steps * config.federation.participation), done)
+
+
+def _begin(stage: Stage, draft: Draft) -> dict[str, int]:
+    """Round 0: every client's first state."""
+    for member in stage.known:
+        state = stage.first_state(member.id)
+        draft.put(CLIENTS, member.id, state)
+        if stage.method.keeps_local:
+            draft.put(NEXT, member.id, state)
+    return {}
+
+
+def _evaluate(
+    stage: Stage, draft: Draft, number: int, journal: Journal, progress: Progress
+) -> None:
+    """Score every client with what it uses; after the last round, with each adapter alone too."""
+    last = number == stage.config.rounds
+    stage.load_base(draft)
+    for member in stage.known:
+        started = time.perf_counter()
+        states.load_adapter_state(stage.model, draft.state(CLIENTS, member.id))
+        meter = GateMeter(stage.model)
+        scores = score(stage, member, meter)
+        journal.write("evaluate", number, member.id, **scores)
+        if stage.method.rest_of_world:
+            journal.write("gates", number, member.id, layers=meter.means())
+        for part in (states.INDIVIDUAL, states.REST_OF_WORLD):
+            if last and stage.method.rest_of_world:
+                with states.adapter_alone(stage.model, part):
+                    journal.write("part", number, member.id, part=part, **score(stage, member))
+        journal.time(number, "evaluate", member.id, time.perf_counter() - started)
+        progress.evaluated(member.id, scores)
 
 
 def load_client(run_dir: str | Path, client_id: str) -> tuple[nn.Module, Any]:
-    """A client's model from a run's newest checkpoint, ready to ``generate``, and its tokenizer.
+    """A client's model from a run's newest checkpoint and its tokenizer (or image processor).
+
+    It is ready to ``generate``; its adapters and mixer can be trained on.
 
     Raises:
         InputError: no such run, checkpoint or client, or a damaged checkpoint.
     """
     config, saved = load_run(run_dir)
-    if client_id not in saved.used:
-        known = ", ".join(saved.used)
-        raise InputError(f"{run_dir}: no client {client_id!r}; known: {known}")
-    model, tokenizer = load_model(config)
-    models.load_adapter_state(model, saved.used[client_id])
-    return model, tokenizer
+    stage = Stage(config, (), saved.record["classes"])
+    stage.load_base(saved)
+    states.load_adapter_state(stage.model, client_state(Path(run_dir), saved, client_id))
+    states.set_trainable(stage.model, stage.method.trains[0])
+    return stage.model, stage.task.tool
+
+
+def client_state(run_dir: Path, saved: Checkpoint, client_id: str) -> Mapping[str, Tensor]:
+    """What a known or a joined client of a run uses; ``InputError`` names the known ones."""
+    joined = joined_clients(run_dir)
+    if client_id in saved.record["clients"]:
+        return saved.used(client_id)
+    if client_id in joined:
+        return joined[client_id]
+    known = ", ".join([*saved.record["clients"], *joined])
+    raise InputError(f"{run_dir}: no client {client_id!r}; known: {known}")
 
 
 def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> str:
@@ -213,47 +195,35 @@ def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> st
         InputError: no such run, checkpoint, client or data.
     """
     config, saved = load_run(run_dir)
-    chosen = (client_id,) if client_id else config.data.clients
-    where = replace(config.data, path=data or config.data.path, clients=chosen)
-    clients = load_clients(where, config.seed)
-    model, tokenizer = load_model(config)
-    rows = []
-    for p in _participants(clients, models.adapter_state(model), tokenizer, config):
-        if p.id not in saved.used:
-            raise InputError(f"{where.path}: {run_dir} has no client {p.id!r}; give its own data")
-        models.load_adapter_state(model, saved.used[p.id])
-        scores = evaluate_client(model, tokenizer, p.test, p.references, config.evaluate)
-        rows.append([p.id, *scores.cells()])
-    return report.table(("client", "ROUGE-1", "exact match", "loss"), rows)
-
-
-def _participants(
-    clients: Sequence[Client], start: State, tokenizer: Any, config: Config
-) -> list[Participant]:
-    """Every client with the same first state."""
-    return [
-        Participant(
-            client.id,
-            train=encode(client.train, tokenizer, config.data),
-            test=encode(client.test, tokenizer, config.data),
-            references=[record.output for record in client.test],
-            next=start,
-            used=start,
+    where, partition = config.data, config.partition
+    if data:
+        where, partition = replace(where, path=data, clients=(), sources={}), PartitionConfig()
+    clients = load_clients(where, partition, config.seed)
+    if client_id:
+        clients = [client for client in clients if client.id == client_id]
+        if not clients:
+            raise InputError(f"{where.path}: no client {client_id!r} there")
+    whole = replace(config, federation=replace(config.federation, holdout=0.0))
+    stage = Stage(whole, clients, saved.record["classes"])
+    stage.load_base(saved)
+    rows, names = [], list[str]()
+    for member in stage.known:
+        try:
+            state = client_state(Path(run_dir), saved, member.id)
+        except InputError as error:
+            raise InputError(f"{where.path}: {error}") from None
+        states.load_adapter_state(stage.model, state)
+        scores = score(stage, member)
+        names = list(scores)
+        rows.append(
+            [member.id, *(tables.number(scores[name], tables.digits_of(name)) for name in scores)]
         )
-        for client in clients
-    ]
+    return tables.table(("client", *names), rows)
 
 
-def _restore(
-    participants: Sequence[Participant],
-    saved: Checkpoint,
-    fingerprints: Mapping[str, str],
-    out: Path,
-) -> None:
-    before = saved.record["fingerprints"]
-    for name in fingerprints.keys() | before.keys():
-        if before.get(name) != fingerprints.get(name):
+def _refuse_changes(stage: Stage, saved: Checkpoint, out: Path) -> None:
+    refuse_changes(saved.record["settings"], settings_of(stage.config), saved.path)
+    before, now = saved.record["fingerprints"], stage.fingerprints
+    for name in now.keys() | before.keys():
+        if before.get(name) != now.get(name):
             raise InputError(f"{out}: the {name} is not what it was when the run began; restore it")
-    for participant in participants:
-        participant.used = saved.used[participant.id]
-        participant.next = saved.next[participant.id]

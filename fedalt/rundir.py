@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedalt.checkpoint import DRAFT, Checkpoint, load_latest
-from fedalt.config import Config, load_config
+from fedalt.config import Config
 from fedalt.errors import InputError
+from fedalt.settings import load_config
 
-CONFIG, METRICS, RESULTS = "config.yaml", "metrics.jsonl", "results.json"
+CONFIG, RESULTS = "config.yaml", "results.json"
+SHAPE = ("method", "lora", "seed")
+"""Settings, or groups of them, that a checkpoint cannot be read without or is known by."""
 
 
 def claim_run_dir(config: Config, resume: bool) -> Path:
@@ -30,12 +35,21 @@ def claim_run_dir(config: Config, resume: bool) -> Path:
         raise InputError(f"{out}: not empty; add --resume to go on there, or choose another --out")
     if not (out / CONFIG).is_file():
         raise InputError(f"{out}: not empty and no run of fedalt; choose another --out")
-    before, now = load_config(out / CONFIG).flat(), config.flat()
-    for key in now:
-        if key != "out" and before[key] != now[key]:
-            change = f"{key} is {now[key]!r} here and was {before[key]!r}"
-            raise InputError(f"{out / CONFIG}: {change}; resume with the run's own settings")
+    refuse_changes(settings_of(load_config(out / CONFIG)), settings_of(config), out / CONFIG)
     return out
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Every setting that a resume must find as it was: all but where the run is kept."""
+    return {key: value for key, value in config.flat().items() if key != "out"}
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """``InputError`` names the first setting that is not what it was."""
+    for key, value in now.items():
+        if before.get(key, value) != value:
+            change = f"{key} is {value!r} here and was {before[key]!r}"
+            raise InputError(f"{where}: {change}; go on with the run's own settings")
 
 
 def free_run_dir(config: Config) -> Path:
@@ -52,11 +66,13 @@ def load_run(run_dir: str | Path) -> tuple[Config, Checkpoint]:
     """The config of a run and its newest checkpoint.
 
     Raises:
-        InputError: no such run, no checkpoint yet, or a damaged one.
+        InputError: no such run, no checkpoint yet, or one that is damaged or of another run.
     """
     out = Path(run_dir)
     config = load_config(out / CONFIG)
     saved = load_latest(out)
     if saved is None:
         raise InputError(f"{out}: no checkpoint yet; let round 0 finish first")
+    shape = {k: v for k, v in settings_of(config).items() if k.partition(".")[0] in SHAPE}
+    refuse_changes(saved.record["settings"], shape, out / CONFIG)
     return config, saved

@@ -13,6 +13,9 @@ from .checks import IMPLEMENTATIONS
 from .sharing import SharedInput
 
 
+SCALAR = "scalar"
+
+
 class LowRank(nn.Module):
     """The factors of one adapter: ``a`` [rank, K] and ``b`` [N, rank]."""
 
@@ -39,8 +42,9 @@ class MixedLoRALinear(nn.Module):
         alpha: the adapters are scaled by alpha / rank.
         dropout: of the adapters' input, in training mode; rounded to a multiple of 1/256.
         rest_of_world: False for one plain LoRA with neither Rest-of-World nor mixer.
-        mixer: True for the softmax mixer above, a tuple of two floats for fixed weights, None to
-            add both adapters with weight 1.
+        mixer: True for the softmax mixer above; "scalar" for one trained ``mixer`` [2] a layer,
+            [g_0, g_1] = softmax(mixer) for every token; a tuple of two floats for fixed weights;
+            None to add both adapters with weight 1.
         impl: see `mixed_lora_linear`.
 
     Raises:
@@ -62,7 +66,7 @@ class MixedLoRALinear(nn.Module):
         dropout: float = 0.05,
         *,
         rest_of_world: bool = True,
-        mixer: bool | tuple[float, ...] | None = True,
+        mixer: bool | str | tuple[float, ...] | None = True,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -74,10 +78,11 @@ class MixedLoRALinear(nn.Module):
             raise ValueError(f"alpha must be a positive number, got {alpha!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-        if not rest_of_world and isinstance(mixer, tuple):
+        if not rest_of_world and isinstance(mixer, tuple | str):
             raise ValueError(f"mixer must be True or None without a Rest-of-World, got {mixer!r}")
-        if not (mixer is True or mixer is None or _are_weights(mixer)):
-            raise ValueError(f"mixer must be True, None or 2 finite floats, got {mixer!r}")
+        if not (mixer in (True, None, SCALAR) or _are_weights(mixer)):
+            wanted = f"True, {SCALAR!r}, None or 2 finite floats"
+            raise ValueError(f"mixer must be {wanted}, got {mixer!r}")
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
         self.rank, self.alpha, self.dropout, self.impl = rank, alpha, dropout, impl
@@ -95,9 +100,11 @@ class MixedLoRALinear(nn.Module):
             LowRank(zeros(rank, k), zeros(n, rank), trainable=False) if rest_of_world else None
         )
         self.names = ("individual", "rest_of_world") if rest_of_world else ("individual",)
-        self.fixed = None if isinstance(mixer, bool) or not rest_of_world else mixer
-        learned = mixer is True and rest_of_world
-        self.register_parameter("mixer", nn.Parameter(zeros(2, k)) if learned else None)
+        self.fixed = cast("tuple[float, ...]", mixer) if _are_weights(mixer) else None
+        learned = None
+        if mixer in (True, SCALAR) and rest_of_world:
+            learned = nn.Parameter(zeros(2, k) if mixer is True else zeros(2, 1).flatten())
+        self.register_parameter("mixer", learned)
         self.reset_parameters()
 
     @property
@@ -131,6 +138,20 @@ class MixedLoRALinear(nn.Module):
         """A child's own parameters, read several times faster than by nn.Module.__getattr__."""
         return self._modules[name]._parameters  # type: ignore[union-attr]
 
+    @torch.no_grad()
+    def set_rank(self, rank: int) -> None:
+        """Give the individual adapter another rank, zeros in it; the scale becomes alpha / rank.
+
+        Raises:
+            ValueError: the layer has a Rest-of-World, which goes by the same scale.
+        """
+        if self.rest_of_world is not None:
+            raise ValueError("set_rank wants a layer without a Rest-of-World")
+        n, k = self.weight.shape
+        a, b = self.individual.a, self.individual.b
+        self.individual = LowRank(a.new_zeros(rank, k), b.new_zeros(n, rank), trainable=True)
+        self.rank, self.scaling = rank, self.alpha / rank
+
     @staticmethod
     def share_input(layers: Sequence["MixedLoRALinear"]) -> None:
         """Tell layers that are called with one x, in this order, such as q, k and v, to share.
@@ -143,7 +164,7 @@ class MixedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Kaiming uniform (a = √5) for ``individual.a`` and the mixer, zero for everything else.
+        """Kaiming uniform (a = √5) for ``individual.a`` and a token-wise mixer, zero for the rest.
 
         Values are drawn on the generator's device, so one seed gives one start on every device.
         """
@@ -152,20 +173,26 @@ class MixedLoRALinear(nn.Module):
         if self.rest_of_world is not None:
             nn.init.zeros_(self.rest_of_world.a)
             nn.init.zeros_(self.rest_of_world.b)
-        if self.mixer is not None:
+        if self.mixer is not None and self.mixer.ndim == 1:
+            nn.init.zeros_(self.mixer)
+        elif self.mixer is not None:
             _kaiming_uniform(self.mixer, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
         base = self._owned("base")
         weight = base["weight"]
-        mixer = self._parameters["mixer"]
+        mixer, adapters = self._parameters["mixer"], self.adapters
+        if mixer is not None and mixer.ndim == 1:  # g B A is the adapter (A, g B) with weight 1
+            gates = torch.softmax(mixer, 0)
+            adapters = tuple([Adapter(a, g * b) for g, (a, b) in zip(gates, adapters, strict=True)])
+            mixer = None
         made = None if self.shared is None else self.shared.take(self, x)
         return mixed_lora_linear(
             x,
             weight.t() if self.transposed else weight,
             base["bias"],
-            self.adapters,
+            adapters,
             self.fixed if mixer is None else mixer,
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,

@@ -104,6 +104,7 @@ class SharedInput:
             implementation(layer.impl, x, layer.weight) == "triton"
             and layer.weight.dtype == x.dtype
             and layer.in_features == x.shape[-1]
+            and (layer.mixer is None or layer.mixer.ndim == 2)
             and _settings(layer) == _settings(first)
             for layer in self.layers
         )

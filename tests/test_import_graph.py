@@ -40,7 +40,7 @@ KERNELS = {
     "layer": {"adapter", "api", "checks", "sharing"},
 }
 # The loop is ordered from the command down: nothing imports what stands above it.
-COMMANDS = ["__main__", "cli", "compare", "run"]
+COMMANDS = ["__main__", "cli", "compare", "export", "run", "rounds", "join", "stage", "tasks"]
 STRANGERS = {"client", "server", "evaluate"}
 
 
@@ -92,13 +92,27 @@ def test_kernels_follow_their_arrows(module: str) -> None:
     assert GRAPH[module] <= {f"fedalt_kernels.{name}" for name in allowed}
 
 
-def test_only_models_uses_the_kernels_and_only_their_public_names() -> None:
+def test_only_models_and_states_use_the_kernels_and_only_their_public_names() -> None:
     users = {m for m, found in LOOP.items() if any(f.startswith("fedalt_kernels") for f in found)}
-    assert users <= {"fedalt.models"}
-    for node in ast.walk(ast.parse(SOURCES["fedalt.models"].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedalt_kernels"):
-            assert node.module == "fedalt_kernels"
-            assert {alias.name for alias in node.names} <= set(fedalt_kernels.__all__)
+    assert users == {"fedalt.models", "fedalt.states"}
+    for user in users:
+        for node in ast.walk(ast.parse(SOURCES[user].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "fedalt_kernels"
+            ):
+                assert node.module == "fedalt_kernels"
+                assert {alias.name for alias in node.names} <= set(fedalt_kernels.__all__)
+
+
+def test_servers_mathematics_imports_nothing_of_the_loop() -> None:
+    for module in ("server", "robust", "products"):
+        assert not GRAPH[f"fedalt.{module}"]
+
+
+def test_methods_know_neither_clients_nor_disks() -> None:
+    allowed = {"errors", "method", "methods", "products", "rivals", "robust", "server", "states"}
+    for module in ("method", "methods", "rivals"):
+        assert {part(name) for name in GRAPH[f"fedalt.{module}"]} <= allowed
 
 
 def test_client_server_and_evaluate_are_strangers() -> None:

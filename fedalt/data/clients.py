@@ -1,156 +1,100 @@
-"""Clients and their records, from one folder a client or from the built-in sample."""
+"""Every client of a federation, wherever its records are."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import unicodedata
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from fedalt.config import SAMPLE, DataConfig
+from fedalt.config import DIGITS, SAMPLE, DataConfig, PartitionConfig
+from fedalt.data import folders, table
+from fedalt.data.digits import digits_clients
+from fedalt.data.records import Client, Parts, Record
 from fedalt.data.sample import sample_clients
+from fedalt.data.sources import holds_table, is_source
 from fedalt.errors import InputError
 
 
-@dataclass(frozen=True)
-class Record:
-    """One example: what is asked, what it is asked about, and the answer."""
+def load_clients(data: DataConfig, partition: PartitionConfig, seed: int) -> list[Client]:
+    """Every client that ``data`` names, in the order of the ids or as ``data.clients`` says.
 
-    instruction: str
-    output: str
-    input: str = ""
-    category: str = ""
-
-
-@dataclass(frozen=True)
-class Client:
-    """A participant, known by a stable id, with its own train and test records."""
-
-    id: str
-    train: tuple[Record, ...]
-    test: tuple[Record, ...]
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all records, by which a resume knows that the data is still the same."""
-        rows = [[asdict(record) for record in part] for part in (self.train, self.test)]
-        return hashlib.sha256(json.dumps([self.id, rows]).encode()).hexdigest()
-
-
-def load_clients(config: DataConfig, seed: int) -> list[Client]:
-    """Every client that ``config`` names, in the order of the ids or as ``config.clients`` says.
+    Files are read when a client's ``read`` is called, and anew each time; what is known here is
+    who the clients are and, of a dataset that is cut, which rows are whose.
 
     Args:
-        config: the folder, or ``sample``.
-        seed: makes the built-in sample; a folder does not depend on it.
+        data: the records: ``sample``, ``digits``, one folder a client, one folder a domain, or a
+            `datasets` dataset.
+        partition: how a dataset is cut into clients. Data that has its clients already wants none.
+        seed: of the built-in federations and of every cut; one folder a client does not depend
+            on it.
 
     Raises:
-        InputError: a folder or file is missing or empty, a record is not as it should be, a
-            client is there twice. The message names file, line and field.
+        InputError: data is missing, cannot be cut as asked, or a client is there twice. What is
+            wrong inside a folder's files is told on ``read``.
     """
-    if config.path == SAMPLE:
-        clients = {
-            client_id: Client(
-                client_id,
-                *(
-                    tuple(_record(row, f"sample/{client_id}") for row in parts[name])
-                    for name in ("train", "test")
-                ),
-            )
-            for client_id, parts in sample_clients(seed).items()
-        }
-        return [clients[name] for name in _chosen(list(clients), config)]
-    root = Path(config.path)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; data wants a folder with one folder a client")
-    folders = {path.name: path for path in sorted(root.iterdir()) if _is_client(path)}
-    if not folders:
-        raise InputError(f"{root}: no folder with a train.jsonl; data wants one folder a client")
-    _refuse_twins(folders)
+    clients = {client.id: client for client in _all_clients(data, partition, seed)}
+    return [clients[name] for name in _chosen(list(clients), data)]
+
+
+def _all_clients(data: DataConfig, partition: PartitionConfig, seed: int) -> Sequence[Client]:
+    path = Path(data.path)
+    if data.sources:
+        return table.source_clients(data, seed)
+    if data.path in (SAMPLE, DIGITS):
+        _refuse_partition(partition, data.path)
+        return _built_in(data, seed)
+    if data.kind == "image" and path.is_dir():
+        if folders.holds_image_clients(path):
+            _refuse_partition(partition, data.path)
+            return folders.image_clients(path)
+        domains = partition.by == "" or partition.column == folders.DOMAIN
+        if domains and not holds_table(path):
+            return folders.domain_folder_clients(path, data, partition, seed)
+    elif path.is_dir() and (folders.holds_text_clients(path) or not holds_table(path)):
+        _refuse_partition(partition, data.path)
+        return folders.text_clients(path)
+    if not is_source(data.path):
+        raise InputError(
+            f"{data.path}: no such folder or file, and no hub id (owner/name); data wants a folder "
+            "with one folder a client, or a dataset to cut"
+        )
+    return table.table_clients(data, partition, seed)
+
+
+def _built_in(data: DataConfig, seed: int) -> list[Client]:
+    kind = "text" if data.path == SAMPLE else "image"
+    if data.kind != kind:
+        raise InputError(f"data.kind: {data.path} is {kind}, got {data.kind!r}; set {kind!r}")
+    if data.path == DIGITS:
+        return [
+            Client(name, partial(Parts, train, test))
+            for name, (train, test) in digits_clients(seed).items()
+        ]
     return [
-        Client(name, _read_records(folders[name], "train"), _read_records(folders[name], "test"))
-        for name in _chosen(list(folders), config)
+        Client(
+            name,
+            partial(Parts, *(_records(parts[part], f"sample/{name}") for part in folders.PARTS)),
+        )
+        for name, parts in sample_clients(seed).items()
     ]
 
 
-def read_jsonl(path: Path) -> tuple[Record, ...]:
-    """The records of one file, a JSON object a line; blank lines are passed over.
-
-    Raises:
-        InputError: the file cannot be read, is not UTF-8, or a line is no record.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}") from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path}:1: this is UTF-16; save the file as UTF-8")
-    records = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            byte = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-            raise InputError(f"{where}: not UTF-8 ({byte}); save the file as UTF-8") from None
-        if not text:
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg} at column {error.colno}"
-            raise InputError(f"{where}: broken JSON: {reason}; want one object a line") from None
-        records.append(_record(row, where))
-    if not records:
-        raise InputError(f"{path}: empty; a client needs at least one record here")
-    return tuple(records)
+def _records(rows: Sequence[dict[str, str]], where: str) -> tuple[Record, ...]:
+    return tuple(folders.text_record(row, where) for row in rows)
 
 
-def _read_records(folder: Path, part: str) -> tuple[Record, ...]:
-    path = folder / f"{part}.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path}: missing; every client folder wants train.jsonl and test.jsonl")
-    return read_jsonl(path)
+def _refuse_partition(partition: PartitionConfig, path: str) -> None:
+    if partition.by:
+        raise InputError(
+            f"partition.by: {path} has its clients already and is not cut; "
+            "leave partition out, or -c partition={}"
+        )
 
 
-def _record(row: Any, where: str) -> Record:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: wants a JSON object, got {type(row).__name__}")
-    fields = {}
-    for name, needed in (("instruction", True), ("output", True), ("input", False)):
-        value = row.get(name)
-        if value is None and not needed:
-            value = ""
-        if value is None:
-            raise InputError(f"{where}: field '{name}' is missing")
-        if not isinstance(value, str):
-            raise InputError(f"{where}: field '{name}' must be text, got {type(value).__name__}")
-        if needed and not value.strip():
-            raise InputError(f"{where}: field '{name}' is empty")
-        fields[name] = value.strip()
-    return Record(**fields, category=str(row.get("category") or ""))
-
-
-def _is_client(path: Path) -> bool:
-    hidden = path.name.startswith((".", "_"))
-    return path.is_dir() and not hidden
-
-
-def _refuse_twins(folders: dict[str, Path]) -> None:
-    """Two names that some file systems hold to be one, or two links to one folder."""
-    seen: dict[str, Path] = {}
-    for name, path in folders.items():
-        for key in (unicodedata.normalize("NFC", name).casefold(), str(path.resolve())):
-            if key in seen and seen[key] != path:
-                raise InputError(f"{path}: the same client as {seen[key]}; keep one of the two")
-            seen[key] = path
-
-
-def _chosen(known: list[str], config: DataConfig) -> list[str]:
-    for position, name in enumerate(config.clients):
+def _chosen(known: list[str], data: DataConfig) -> list[str]:
+    for position, name in enumerate(data.clients):
         if name not in known:
             raise InputError(f"data.clients: no client {name!r}; known: {', '.join(known)}")
-        if name in config.clients[:position]:
+        if name in data.clients[:position]:
             raise InputError(f"data.clients: names the client {name!r} twice; name it once")
-    return list(config.clients) or known
+    return list(data.clients) or known

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedalt.config import DataConfig
-from fedalt.data.clients import Record
+from fedalt.data.records import Record
 
 IGNORED = -100
 """The label of positions that do not count in the loss."""

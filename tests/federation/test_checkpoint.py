@@ -1,105 +1,480 @@
-"""Checkpoints: whole or absent, checked when read, the oldest dropped."""
+"""Checkpoints: whole or absent, checked when read, the oldest dropped; disks that refuse."""
 
 import contextlib
+import errno
+import json
 import os
+import pickle
+import resource
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import fedalt
 from fedalt import checkpoint as ckpt
+from fedalt.cli import main
 from fedalt.errors import InputError
+from fedalt.journal import Progress
+from tests.federation.test_run import quick, record_of
+
+RECORD = {"metrics_bytes": 7, "clients": ["ann", "bob ü"]}
 
 
-def federation(number, keeps_local=False):
-    used = {name: {"a": torch.full((2, 3), float(number))} for name in ("ann", "bob ü")}
-    following = {name: {"a": state["a"] + 1} for name, state in used.items()}
-    return ckpt.Checkpoint(number, used, following if keeps_local else used, {"metrics_bytes": 7})
+def state_of(number):
+    return {"a": torch.full((2, 3), float(number)), "b": torch.arange(4) + number}
 
 
-def equal(left, right):
-    return left.keys() == right.keys() and all(
-        torch.equal(left[c][n], right[c][n]) for c in left for n in left[c]
-    )
+def save(run_dir, number, keep=2, keeps_local=False):
+    draft = ckpt.Draft(run_dir, number)
+    for name in RECORD["clients"]:
+        draft.put("dropped", name, state_of(-1))
+        draft.put(ckpt.CLIENTS, name, state_of(-1))  # put again: the later one counts
+        draft.put(ckpt.CLIENTS, name, state_of(number))
+        if keeps_local:
+            draft.put(ckpt.NEXT, name, state_of(number + 10))
+    draft.drop("dropped")
+    return draft.commit(RECORD, keep)
+
+
+def holds(saved, number, group=ckpt.CLIENTS):
+    read = [saved.state(group, name).read() for name in RECORD["clients"]]
+    return all(torch.equal(r[n], t) for r in read for n, t in state_of(number).items())
 
 
 @pytest.mark.parametrize("keeps_local", [False, True])
 def test_a_checkpoint_reads_back_exactly(tmp_path, keeps_local):
-    saved = federation(3, keeps_local)
-    path = ckpt.save_checkpoint(tmp_path, saved, keep=2)
+    save(tmp_path, 3, keeps_local=keeps_local)
     read = ckpt.load_latest(tmp_path)
-    assert (read.round, read.record) == (3, {"metrics_bytes": 7})
-    assert equal(read.used, saved.used)
-    assert equal(read.next, saved.next)
-    assert (path / "next").exists() == keeps_local
+    assert (read.round, read.record) == (3, RECORD)
+    assert holds(read, 3)
+    following = read.next("bob ü").read()
+    assert torch.equal(following["a"], state_of(13 if keeps_local else 3)["a"])
+    assert {path.name for path in read.path.iterdir()} == (
+        {"manifest.json", "clients"} | ({"next"} if keeps_local else set())
+    )
     assert (tmp_path / "latest").read_text() == "round-0003\n"
 
 
-def test_only_the_newest_are_kept(tmp_path):
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_only_the_newest_are_kept(tmp_path, keep):
     for number in range(4):
-        ckpt.save_checkpoint(tmp_path, federation(number), keep=2)
+        save(tmp_path, number, keep=keep)
     names = [path.name for path in ckpt.list_checkpoints(tmp_path)]
-    assert names == ["round-0002", "round-0003"]
+    assert names == [f"round-000{number}" for number in range(4 - keep, 4)]
 
 
 def test_no_checkpoint_yet(tmp_path):
     assert ckpt.load_latest(tmp_path) is None
 
 
-STAGES = ("_write_synced", "_sync_folder", "rename", "write_atomic", "rmtree")
+STEPS = (
+    (os, "open"),
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "replace"),
+    (shutil, "rmtree"),
+    (Path, "mkdir"),
+    (Path, "write_bytes"),
+)
+"""All by which a save touches the disk."""
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("call", range(5))
-def test_a_save_cut_short_anywhere_leaves_the_one_before_or_the_new_one(
-    tmp_path, monkeypatch, stage, call
-):
-    """Every step of a save fails in turn, as a kill would have it end there."""
-    ckpt.save_checkpoint(tmp_path, federation(0), keep=1)
-    owner = {"rename": os, "rmtree": ckpt.shutil}.get(stage, ckpt)
-    original, calls = getattr(owner, stage), []
+@contextlib.contextmanager
+def at_step(stop, act):
+    """``act`` in place of step ``stop`` of all that touch the disk; a write is half done then."""
+    count = [0]
 
-    def failing(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == call + 1:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
+    def wrapped(original):
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] - 1 == stop:
+                if original.__name__ == "write_bytes":
+                    original(args[0], args[1][: len(args[1]) // 2])
+                act()
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, stage, failing)
-    with contextlib.suppress(KeyboardInterrupt):
-        ckpt.save_checkpoint(tmp_path, federation(1), keep=1)
-    monkeypatch.undo()
-    survivor = ckpt.load_latest(tmp_path)
-    assert survivor.round in (0, 1)
-    assert equal(survivor.used, federation(survivor.round).used)
-    ckpt.save_checkpoint(tmp_path, federation(2), keep=1)
-    assert ckpt.load_latest(tmp_path).round == 2
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in STEPS:
+            patch.setattr(owner, name, wrapped(getattr(owner, name)))
+        yield count
 
 
-def damage_flip(path):
-    content = bytearray((path / "clients" / "ann.safetensors").read_bytes())
-    content[-1] ^= 1
-    (path / "clients" / "ann.safetensors").write_bytes(content)
+def steps_of_a_save(folder):
+    save(folder, 0, keep=1)
+    with at_step(-1, lambda: None) as count:
+        save(folder, 1, keep=1)
+    return count[0]
 
 
-def damage_cut(path):
-    file = path / "clients" / "ann.safetensors"
-    file.write_bytes(file.read_bytes()[:-5])
+def whole_after(folder):
+    """What is left after a save of round 1 was cut short is one of the two, and saves go on."""
+    survivor = ckpt.load_latest(folder)
+    assert holds(survivor, survivor.round)
+    save(folder, 2, keep=1)
+    assert [path.name for path in ckpt.list_checkpoints(folder)] == ["round-0002"]
+    assert holds(ckpt.load_latest(folder), 2)
+    return survivor.round
+
+
+def test_a_save_that_ends_at_any_step_leaves_the_one_before_or_the_new_one(tmp_path):
+    def act():
+        raise KeyboardInterrupt
+
+    survivors = []
+    for step in range(steps_of_a_save(tmp_path / "counted")):
+        save(tmp_path / str(step), 0, keep=1)
+        with at_step(step, act), pytest.raises(KeyboardInterrupt):
+            save(tmp_path / str(step), 1, keep=1)
+        survivors.append(whole_after(tmp_path / str(step)))
+    assert len(survivors) > 15
+    assert survivors == sorted(survivors)  # the old one up to some step, the new one from there
+    assert set(survivors) == {0, 1}
+
+
+def test_a_process_killed_at_any_step_of_a_save_leaves_the_one_before_or_the_new_one(tmp_path):
+    """SIGKILL, in a child process, at every step."""
+    for step in range(steps_of_a_save(tmp_path / "counted")):
+        folder = tmp_path / str(step)
+        save(folder, 0, keep=1)
+        child = os.fork()
+        if not child:
+            with at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                save(folder, 1, keep=1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        whole_after(folder)
+
+
+def test_a_disk_that_fails_at_any_step_is_told_in_one_line_and_leaves_a_whole_checkpoint(tmp_path):
+    def act():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    told = 0
+    for step in range(steps_of_a_save(tmp_path / "counted")):
+        folder = tmp_path / str(step)
+        save(folder, 0, keep=1)
+        try:
+            with at_step(step, act):
+                save(folder, 1, keep=1)
+        except InputError as error:
+            told += 1
+            assert str(error).startswith(str(folder))
+            assert "cannot write: No space left on device; free some space" in str(error)
+            assert "\n" not in str(error)
+        whole_after(folder)
+    assert told > 15
+
+
+def test_any_flipped_bit_of_the_manifest_and_any_changed_byte_of_a_state_is_noticed(tmp_path):
+    path = save(tmp_path, 1).path
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        content = file.read_bytes()
+        masks = [1 << bit for bit in range(8)] if file.name == "manifest.json" else [1]
+        for place in range(len(content)):
+            for mask in masks:
+                changed = bytearray(content)
+                changed[place] ^= mask
+                file.write_bytes(changed)
+                with pytest.raises(InputError, match=f"{file.name}: "):
+                    ckpt.load_checkpoint(path)
+        file.write_bytes(content)
+    assert holds(ckpt.load_checkpoint(path), 1)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "clients/ann.safetensors"])
+@pytest.mark.parametrize("left", [0, 1, 0.5, -1])
+def test_a_truncated_file_is_named(tmp_path, name, left):
+    file = save(tmp_path, 1).path / name
+    content = file.read_bytes()
+    file.write_bytes(content[: int(left * len(content)) if left == 0.5 else left])
+    with pytest.raises(InputError, match=rf"{name}: (damaged|missing or not readable)"):
+        ckpt.load_latest(tmp_path)
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def pickled(path, name):
+    (path / "clients" / name).write_bytes(pickle.dumps(Trap(path.parent / "sprung")))
+
+
+def resealed(path):
+    """Put what lies there into the manifest, as someone would who knows how it is made."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    for name in manifest["files"]:
+        manifest["files"][name] = ckpt.hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "manifest.json").write_bytes(ckpt._sealed(manifest))
+
+
+DAMAGE = {
+    "gone": (
+        lambda path: (path / "clients" / "ann.safetensors").unlink(),
+        "clients/ann.safetensors: missing",
+    ),
+    "extra": (
+        lambda path: (path / "notes.txt").write_text("mine"),
+        "notes.txt: foreign",
+    ),
+    "pt": (lambda path: pickled(path, "ann.pt"), r"clients/ann\.pt: foreign"),
+    "bin": (lambda path: pickled(path, "ann.bin"), r"clients/ann\.bin: foreign"),
+    "pkl": (lambda path: pickled(path, "ann.pkl"), r"clients/ann\.pkl: foreign"),
+    "pickled": (
+        lambda path: pickled(path, "ann.safetensors"),
+        r"clients/ann\.safetensors: damaged",
+    ),
+    "list": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json: missing or"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json: missing or"),
+    "binary": (
+        lambda path: (path / "manifest.json").write_bytes(b"\xff\x00"),
+        "manifest.json: missing or",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named_and_the_one_before_offered(tmp_path, case):
+    damage, message = DAMAGE[case]
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2).path
+    damage(newest)
+    with pytest.raises(InputError, match=message) as caught:
+        ckpt.load_latest(tmp_path)
+    assert str(caught.value).endswith(f"; remove {newest} to go back to round-0001")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "checkpoints" / "sprung").exists()
+    shutil.rmtree(newest)
+    assert holds(ckpt.load_latest(tmp_path), 1)
+
+
+def test_a_pickle_under_a_sound_seal_is_never_unpickled(tmp_path):
+    path = save(tmp_path, 1).path
+    pickled(path, "ann.safetensors")
+    resealed(path)
+    with pytest.raises(InputError, match=r"ann\.safetensors: not a readable safetensors file"):
+        ckpt.load_checkpoint(path).used("ann")
+    assert not (path.parent / "sprung").exists()
+
+
+def test_the_offer_is_a_whole_one_or_none(tmp_path):
+    paths = [save(tmp_path, number, keep=3).path for number in range(3)]
+    for path in paths[1:]:
+        (path / "clients" / "ann.safetensors").unlink()
+    with pytest.raises(InputError) as caught:
+        ckpt.load_latest(tmp_path)
+    assert str(caught.value).endswith(
+        f"remove {paths[2]} and {paths[1]} to go back to round-0000"
+    ) or str(caught.value).endswith(f"remove {paths[1]} and {paths[2]} to go back to round-0000")
+    (paths[0] / "clients" / "ann.safetensors").unlink()
+    with pytest.raises(InputError, match="start again under another --out"):
+        ckpt.load_latest(tmp_path)
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path):
+    path = save(tmp_path, 1).path
+    path.rename(path.with_name("round-0007"))
+    with pytest.raises(InputError, match="round-0007: renamed, its manifest is of round 1"):
+        ckpt.load_latest(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("change", "message"),
     [
-        (damage_flip, r"ann.safetensors: damaged"),
-        (damage_cut, r"ann.safetensors: damaged"),
-        (lambda path: (path / "clients" / "ann.safetensors").unlink(), "ann.safetensors: missing"),
-        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json: missing or not"),
-        (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json: missing or not"),
+        ({"seed": 1}, "seed is 0 here and was 1"),
+        ({"method": "fedit"}, "method is 'fedalt' here and was 'fedit'"),
     ],
 )
-def test_damage_is_named_and_the_one_before_offered(tmp_path, damage, message):
-    ckpt.save_checkpoint(tmp_path, federation(1), keep=2)
-    damage(ckpt.save_checkpoint(tmp_path, federation(2), keep=2))
-    with pytest.raises(InputError, match=message) as caught:
-        ckpt.load_latest(tmp_path)
-    assert "to go back to round-0001" in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_a_checkpoint_of_another_run_is_refused(tiny_config, tmp_path, change, message):
+    config = quick(tiny_config)
+    other = replace(quick(tiny_config, out=tmp_path / "other"), **change)
+    for one in (config, other):
+        fedalt.Federation(one).run()
+    stranger = Path(config.out, "checkpoints", "round-0002")
+    shutil.rmtree(stranger)
+    shutil.copytree(Path(other.out, "checkpoints", "round-0002"), stranger)
+    for use in (
+        lambda: fedalt.Federation(config).run(resume=True),
+        lambda: fedalt.load_client(config.out, "bob"),
+    ):
+        with pytest.raises(InputError, match=message):
+            use()
+    shutil.rmtree(stranger)
+    fedalt.Federation(config).run(resume=True)
+    assert (stranger / "manifest.json").exists()
+
+
+def test_a_checkpoint_of_the_same_settings_over_other_data_is_refused(
+    tiny_config, tiny_data, tmp_path
+):
+    config = quick(tiny_config, rounds=1)
+    fedalt.Federation(config).run()
+    first = tmp_path / "first"
+    Path(config.out).rename(first)
+    path = tiny_data / "bob" / "test.jsonl"
+    path.write_text(path.read_text().replace("say 1", "say 7"))
+    fedalt.Federation(config).run()
+    mine = Path(config.out, "checkpoints", "round-0001")
+    shutil.rmtree(mine)
+    shutil.copytree(first / "checkpoints" / "round-0001", mine)
+    with pytest.raises(InputError, match="the data of bob is not what it was"):
+        fedalt.Federation(config).run(resume=True)
+
+
+def test_metrics_that_lost_finished_rounds_are_refused(tiny_config):
+    config = quick(tiny_config, rounds=1)
+    fedalt.Federation(config).run()
+    path = Path(config.out, "metrics.jsonl")
+    size = path.stat().st_size
+    os.truncate(path, size - 10)
+    with pytest.raises(InputError, match=f"{size - 10} bytes, the finished rounds wrote {size}"):
+        fedalt.Federation(config).run(resume=True)
+    assert path.stat().st_size == size - 10
+
+
+def cut_short(config, steps=8):
+    """A run of three rounds stopped in the second."""
+    left = [steps]
+
+    def step(self):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            fedalt.Federation(config).run()
+
+
+def refused(out, capsys):
+    """The one line with which a resume ends, with exit status 2."""
+    capsys.readouterr()
+    assert main(["run", "--out", str(out), "--resume"]) == 2
+    errors = capsys.readouterr().err
+    lines = [line for line in errors.splitlines() if not line.startswith("round ")]
+    lines = [line for line in lines if "Loading weights" not in line]
+    assert len(lines) == 1, errors
+    return lines[0]
+
+
+@pytest.fixture
+def uncut(tiny_config, tmp_path):
+    config = quick(tiny_config, rounds=3, out=tmp_path / "uncut")
+    fedalt.Federation(config).run()
+    return record_of(Path(config.out))
+
+
+OBSTACLES = (
+    "config.yaml",
+    "latest",
+    "metrics.jsonl",
+    "times.jsonl",
+    "results.json",
+    "report",
+    "checkpoints",
+)
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_whatever_cannot_be_written_ends_in_one_line_and_the_run_can_go_on(
+    tiny_config, uncut, name, capsys
+):
+    """What stands in the way is of the wrong kind, which stops even a user who may write all."""
+    config = quick(tiny_config, rounds=3)
+    out = Path(config.out)
+    cut_short(config)
+    path, aside = out / name, out.with_name("aside")
+    if path.exists():
+        path.rename(aside)
+    if name in ("report", "checkpoints"):
+        path.write_text("in the way")
+    else:
+        path.mkdir()
+    line = refused(out, capsys)
+    assert line.startswith("fedalt: ")
+    assert str(path) in line
+    if name != "config.yaml":  # which a resume must read first
+        assert "make it writable and go on with --resume" in line
+    path.rmdir() if path.is_dir() else path.unlink()
+    if aside.exists():
+        aside.rename(path)
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    assert record_of(out) == uncut
+
+
+@pytest.mark.parametrize("limit", [200, 4000, 6000])
+def test_files_that_may_not_grow_end_in_one_line_and_the_run_can_go_on(
+    tiny_config, uncut, limit, capsys
+):
+    """RLIMIT_FSIZE: the config, the states or the metrics hit it first."""
+    config = quick(tiny_config, rounds=3)
+    out = Path(config.out)
+    cut_short(config)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        line = refused(out, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"fedalt: {out}" in line
+    assert line.endswith(
+        "cannot write: File too large; allow larger files (ulimit -f) and go on with --resume"
+    )
+    assert fedalt.load_client(out, "bob")
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    assert record_of(out) == uncut
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("last", [".safetensors", "manifest.json", "metrics.jsonl"])
+def test_a_full_or_read_only_disk_ends_in_one_line_and_the_run_can_go_on(
+    tiny_config, uncut, code, last, capsys, monkeypatch
+):
+    config = quick(tiny_config, rounds=3)
+    out = Path(config.out)
+    cut_short(config)
+    write, sync = Path.write_bytes, os.fsync
+
+    def full(path):
+        if str(path).endswith(last):
+            raise OSError(code, os.strerror(code), str(path))
+
+    def write_bytes(path, content):
+        full(path)
+        return write(path, content)
+
+    def fsync(descriptor):
+        full(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        patch.setattr(os, "fsync", fsync)
+        line = refused(out, capsys)
+    cure = "free some space" if code == errno.ENOSPC else "make it writable"
+    assert f"{last}: cannot write: {os.strerror(code)}; {cure} and go on with --resume" in line
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    assert record_of(out) == uncut
+
+
+def test_a_line_of_times_that_a_full_disk_cut_short_does_not_spoil_the_report(tiny_config):
+    config = quick(tiny_config, rounds=3)
+    cut_short(config)
+    times = Path(config.out, "times.jsonl")
+    whole = times.read_text()
+    times.write_text(whole + '{"round": 2, "pha')
+    fedalt.Federation(config).run(resume=True)
+    assert times.read_text().startswith(whole + '{"round": 2, "phase"')

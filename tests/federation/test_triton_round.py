@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedalt.client import train_client
-from fedalt.config import Config, config_from_dict
+from fedalt.config import Config
 from fedalt.data import load_clients
 from fedalt.data.tokens import encode
 from fedalt.errors import InputError
@@ -26,6 +26,7 @@ from fedalt.models import (
 )
 from fedalt.run import load_model
 from fedalt.server import rest_of_world
+from fedalt.settings import config_from_dict
 from tests.kernels.budget import excess
 
 RECORDS = 4

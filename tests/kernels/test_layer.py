@@ -129,8 +129,8 @@ def test_repr_names_the_settings() -> None:
         ({"alpha": 0}, ValueError, "alpha must be a positive number, got 0"),
         ({"alpha": float("nan")}, ValueError, "alpha must be a positive number, got nan"),
         ({"dropout": 1.0}, ValueError, "dropout must be in [0, 1), got 1.0"),
-        ({"mixer": (1.0,)}, ValueError, "mixer must be True, None or 2 finite floats, got (1.0,)"),
-        ({"mixer": False}, ValueError, "mixer must be True, None or 2 finite floats, got False"),
+        ({"mixer": (1.0,)}, ValueError, "mixer must be True, 'scalar', None or 2 finite floats, got (1.0,)"),
+        ({"mixer": False}, ValueError, "mixer must be True, 'scalar', None or 2 finite floats, got False"),
         (
             {"mixer": (0.5, 0.5), "rest_of_world": False},
             ValueError,

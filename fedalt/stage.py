@@ -1,0 +1,228 @@
+"""Everything a run needs before its first round: clients looked through, model and task loaded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fedalt import models, states
+from fedalt.checkpoint import SERVER, StateFolder, StoredState
+from fedalt.cohort import derive_seed, held_out
+from fedalt.config import Config
+from fedalt.data import Client, load_clients
+from fedalt.errors import InputError
+from fedalt.method import Method
+from fedalt.methods import get_method
+from fedalt.peft_files import read_peft_adapter
+from fedalt.states import INDIVIDUAL, REST_OF_WORLD, State, as_rest_of_world
+from fedalt.tasks import ImageTask, Task, TextTask
+from fedalt.vision import load_image_base
+
+BASE, NEWCOMER = "base", "newcomer"
+"""The server's own states: what is added to the base weights, and what a newcomer installs."""
+SHELF = 8
+"""Clients whose examples stay in memory; more are read and encoded again at every turn."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a run keeps of a client: its id, how to read it, and how many train records it has."""
+
+    client: Client
+    examples: int
+    fingerprint: str
+
+    @property
+    def id(self) -> str:
+        return self.client.id
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A client's examples, and the test records that answers are compared with."""
+
+    train: Sequence[Any]
+    test: Sequence[Any]
+    test_records: Sequence[Any]
+
+
+class Stage:
+    """The model with its task, and the clients that play on it.
+
+    Attributes:
+        known: the members that train; ``unseen``: those held out.
+        classes: of images, every label of the federation.
+        fingerprints: by name, what must be the same when a run is resumed.
+    """
+
+    def __init__(
+        self, config: Config, clients: Sequence[Client], classes: Sequence[str] = ()
+    ) -> None:
+        """Read every client through, then load the model.
+
+        Raises:
+            InputError: bad data, method, model or target. Nothing has been written.
+        """
+        self.config, self.method = config, get_method(config.method)
+        labels, members = set(classes), []
+        for client in clients:
+            parts = client.read()
+            members.append(Member(client, len(parts.train), parts.fingerprint()))
+            if config.data.kind == "image":
+                labels |= {record.label for record in (*parts.train, *parts.test)}
+        self.classes = sorted(labels)
+        unseen = held_out([member.id for member in members], config)
+        self.known = [member for member in members if member.id not in unseen]
+        self.unseen = [member for member in members if member.id in unseen]
+        self.model, self.task = load_model(config, self.classes)
+        self.fingerprints = {"base": states.base_fingerprint(self.model)} | {
+            f"data of {member.id}": member.fingerprint for member in members
+        }
+        self._base = states.BaseWeights(self.model) if self.method.changes_base else None
+        self._fresh_head = states.select(states.adapter_state(self.model), states.HEAD)
+        self._shelf: OrderedDict[str, Examples] = OrderedDict()
+
+    def load_base(self, folder: StateFolder) -> None:
+        """Give the base weights what the rounds up to a checkpoint have added to them."""
+        if self._base is not None:
+            has = folder.has(SERVER, BASE)
+            self._base.add(folder.state(SERVER, BASE) if has else {})
+
+    def examples(self, member: Member) -> Examples:
+        """A client's encoded records, from the shelf or read anew."""
+        if member.id not in self._shelf:
+            parts = member.client.read()
+            train, test = self.task.encode(parts.train), self.task.encode(parts.test)
+            self._shelf[member.id] = Examples(train, test, parts.test)
+        self._shelf.move_to_end(member.id)
+        while len(self._shelf) > SHELF:
+            self._shelf.popitem(last=False)
+        return self._shelf[member.id]
+
+    def first_state(self, client: str) -> State:
+        """What a client starts from: a shared draw, unless the method or the config says else."""
+        config, method = self.config, self.method
+        seed = config.seed if method.one_start else derive_seed(config.seed, 0, client)
+        state = {**self.fresh(client, seed), **self._fresh_head}
+        if client in config.lora.client_starts:
+            state = self._with_adapter(state, client)
+        if method.second_starts:
+            first = {n: t.clone() for n, t in state.items() if states.is_part(n, f"{INDIVIDUAL}.a")}
+            state |= as_rest_of_world(first)
+        return state
+
+    def fresh(self, client: str, seed: int) -> State:
+        """Adapters and mixers drawn from ``seed``, at the client's rank."""
+        for _, layer in states.mixed_layers(self.model):
+            if layer.rank != self.rank(client):
+                layer.set_rank(self.rank(client))
+        drawn = states.fresh_state(self.model, seed)
+        return {name: t for name, t in drawn.items() if states.part_of(name) != states.HEAD}
+
+    def _with_adapter(self, state: State, client: str) -> State:
+        """``state`` with the PEFT adapter in it that the config names; spare rank starts fresh."""
+        folder, rank = self.config.lora.client_starts[client], self.rank(client)
+        adapter = read_peft_adapter(folder, state, self.config.lora.alpha / rank)
+        for name, tensor in adapter.items():
+            axis = 0 if states.is_part(name, f"{INDIVIDUAL}.a") else 1
+            if states.part_of(name) == states.HEAD:
+                state[name] = tensor
+            elif tensor.shape[axis] > rank:
+                raise InputError(
+                    f"{folder}: rank {tensor.shape[axis]}, the client's is {rank}; raise it"
+                )
+            else:
+                state[name].narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
+        return state
+
+    def rank(self, client: str) -> int:
+        """The rank of a client's adapters."""
+        return self.config.lora.client_ranks.get(client) or self.config.lora.rank
+
+    def trains(self, client: str) -> list[tuple[str, ...]]:
+        """The parts that a client trains; one of rank 0 trains no adapter."""
+        groups = self.method.trains
+        if self.config.lora.client_ranks.get(client) == 0:
+            adapters = (INDIVIDUAL, REST_OF_WORLD)
+            groups = tuple(
+                tuple(part for part in group if part.partition(".")[0] not in adapters)
+                for group in groups
+            )
+        return [group for group in groups if group]
+
+    def sends(self, client: str) -> tuple[str, ...]:
+        """The parts that a client hands in; one that trains no adapter hands in nothing."""
+        return () if self.config.lora.client_ranks.get(client) == 0 else self.method.sends
+
+    def sent_part(self, client: str, state: StoredState) -> StoredState:
+        """Of a client's state, what it hands in; still on disk."""
+        parts = self.sends(client)
+        return state.only(lambda name: any(states.is_part(name, part) for part in parts))
+
+    def check(self) -> None:
+        """Refuses settings that do not fit the clients or the method, with ``InputError``."""
+        lora, known = self.config.lora, [member.id for member in (*self.known, *self.unseen)]
+        for key, names in (
+            ("lora.client_ranks", lora.client_ranks),
+            ("lora.client_starts", lora.client_starts),
+            ("federation.away", self.config.federation.away),
+        ):
+            for name in names:
+                if name not in known:
+                    raise InputError(f"{key}: no client {name!r}; known: {', '.join(known)}")
+        for name, rank in lora.client_ranks.items():
+            if rank not in (0, lora.rank) and not self.method.mixes_ranks:
+                raise InputError(
+                    f"lora.client_ranks.{name}: {self.method.name} wants one rank for all (or 0: "
+                    "trains no adapter); flexlora, flora and local take others"
+                )
+        least = self.config.federation.min_clients
+        if self.method.sends and len(self.known) < least:
+            raise InputError(
+                f"{self.config.data.path}: {self.method.name} wants {least} clients or more, got "
+                f"{len(self.known)}"
+            )
+
+
+def set_stage(config: Config) -> Stage:
+    """The stage of a run, from its config alone.
+
+    Raises:
+        InputError: bad data, method, model, target or client name. Nothing has been written.
+    """
+    stage = Stage(config, load_clients(config.data, config.partition, config.seed))
+    stage.check()
+    return stage
+
+
+def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]:
+    """The base with fresh adapters as the config's method wants them, and its task."""
+    method: Method = get_method(config.method)
+    lora, base = config.lora, config.model
+    task: Task
+    model: Any
+    if config.data.kind == "image":
+        model, processor = load_image_base(
+            base.path, base.dtype, base.device, classes, lora.modules_to_save
+        )
+        task = ImageTask(config, processor, dict(model.config.label2id))
+    else:
+        model, tokenizer = models.load_base(base)
+        task = TextTask(config, tokenizer)
+    models.inject(
+        model,
+        lora.rank,
+        lora.alpha,
+        lora.dropout,
+        lora.target_modules,
+        seed=config.seed,
+        rest_of_world=method.rest_of_world,
+        mixer=method.mixer,
+        modules_to_save=lora.modules_to_save,
+        impl=lora.impl,
+    )
+    return model, task
