@@ -139,8 +139,10 @@ class Method:
     """Clients may hold adapters of different ranks."""
     one_start: ClassVar[bool] = True
     """All clients start from the same A; otherwise each draws its own."""
-    second_starts: ClassVar[bool] = False
-    """The second adapter starts with the individual's first A; otherwise with zeros."""
+    second_start: ClassVar[str] = "zero"
+    """The second adapter's first A: ``zero``, the ``same`` as the individual's, or ``drawn``."""
+    alpha_factor: ClassVar[float] = 1.0
+    """What ``lora.alpha`` is multiplied by."""
     keeps_optimizer: ClassVar[bool] = False
     """AdamW's moments live on between a client's rounds."""
 

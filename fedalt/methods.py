@@ -119,7 +119,7 @@ class OneA(FedALT):
     name = "fedalt-one-a"
     trains = ((f"{INDIVIDUAL}.b", MIXER, HEAD),)
     sends = (f"{INDIVIDUAL}.b",)
-    second_starts = True
+    second_start = "same"
 
 
 class Warm(FedALT):
@@ -133,6 +133,24 @@ class Warm(FedALT):
             return super().combine(round)
         mean = round.mean()
         return Combined(lambda client: mean)
+
+
+class Relay(FedALT):
+    """FedALT whose Rest-of-World is trained on and passed on, like a baton.
+
+    A client trains its individual LoRA, the mixer and its copy of the Rest-of-World together, hands
+    in that copy, and installs the mean of the others' copies; what it learned for itself stays in
+    the individual LoRA, which never leaves. The gates, which add up to one, are doubled, so that
+    neither adapter is held back at first. A client uses its last local state, as under ``fedit+ft``.
+    """
+
+    name = "fedalt-relay"
+    trains = ((INDIVIDUAL, REST_OF_WORLD, MIXER, HEAD),)
+    sends = (REST_OF_WORLD,)
+    counts_absent = False
+    keeps_local = True
+    second_start = "drawn"
+    alpha_factor = 2.0
 
 
 METHODS: dict[str, Method] = {
@@ -151,6 +169,7 @@ METHODS: dict[str, Method] = {
         KeptOptimizer(),
         OneA(),
         Warm(),
+        Relay(),
     )
 }
 

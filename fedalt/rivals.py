@@ -105,7 +105,7 @@ class FedDPA(Method):
     mixer = (0.5, 0.5)
     trains = ((INDIVIDUAL, HEAD), (REST_OF_WORLD, HEAD))
     sends = (REST_OF_WORLD,)
-    second_starts = True
+    second_start = "drawn"
 
     def combine(self, round: Round) -> Combined:
         mean = round.mean()

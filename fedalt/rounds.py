@@ -164,7 +164,7 @@ class Play:
                 self.number,
                 counted,
                 {member.id: member.examples for member in stage.known},
-                config.lora.alpha,
+                stage.alpha,
                 config.lora.rank,
                 config.lora.client_ranks,
                 config.federation.aggregate,

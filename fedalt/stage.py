@@ -110,9 +110,10 @@ class Stage:
         state = {**self.fresh(client, seed), **self._fresh_head}
         if client in config.lora.client_starts:
             state = self._with_adapter(state, client)
-        if method.second_starts:
-            first = {n: t.clone() for n, t in state.items() if states.is_part(n, f"{INDIVIDUAL}.a")}
-            state |= as_rest_of_world(first)
+        if method.second_start != "zero":
+            drawn = self.fresh(client, seed + 1) if method.second_start == "drawn" else state
+            first = states.select(drawn, f"{INDIVIDUAL}.a")
+            state |= as_rest_of_world({name: tensor.clone() for name, tensor in first.items()})
         return state
 
     def fresh(self, client: str, seed: int) -> State:
@@ -126,7 +127,7 @@ class Stage:
     def _with_adapter(self, state: State, client: str) -> State:
         """``state`` with the PEFT adapter in it that the config names; spare rank starts fresh."""
         folder, rank = self.config.lora.client_starts[client], self.rank(client)
-        adapter = read_peft_adapter(folder, state, self.config.lora.alpha / rank)
+        adapter = read_peft_adapter(folder, state, self.alpha / rank)
         for name, tensor in adapter.items():
             axis = 0 if states.is_part(name, f"{INDIVIDUAL}.a") else 1
             if states.part_of(name) == states.HEAD:
@@ -138,6 +139,11 @@ class Stage:
             else:
                 state[name].narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
         return state
+
+    @property
+    def alpha(self) -> float:
+        """Of every adapter; its scale is alpha / rank."""
+        return self.config.lora.alpha * self.method.alpha_factor
 
     def rank(self, client: str) -> int:
         """The rank of a client's adapters."""
@@ -216,7 +222,7 @@ def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]
     models.inject(
         model,
         lora.rank,
-        lora.alpha,
+        lora.alpha * method.alpha_factor,
         lora.dropout,
         lora.target_modules,
         seed=config.seed,
