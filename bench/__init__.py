@@ -17,5 +17,6 @@
     measure      interleaved CPU timing, saved bytes
     test_layer   the layer on a CPU
     test_step    a training step of the built-in base on a CPU
+    overhead     a federated round beside its clients' own work
     kill_resume  runs that are killed and resumed
 """

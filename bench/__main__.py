@@ -57,6 +57,12 @@ def _model(options: argparse.Namespace) -> None:
     model.run(None if options.tiny else _folder(options), options.tiny, options.budget)
 
 
+def _overhead(options: argparse.Namespace) -> int:
+    from . import overhead
+
+    return overhead.main(options.data, options.settings, options.repeats)
+
+
 def _tune(options: argparse.Namespace) -> None:
     from . import tune
 
@@ -180,6 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_time(model, 600.0)
     _add_place(model)
     model.set_defaults(command=_model)
+
+    overhead = commands.add_parser("overhead", help="a round beside its clients' own work; no GPU")
+    overhead.add_argument("--data", default="", help="as of fedalt run; default: the sample")
+    overhead.add_argument("--repeats", type=_count, default=5, help="rounds, default 5")
+    overhead.add_argument("-c", dest="settings", action="append", default=[], help="a setting")
+    overhead.set_defaults(command=_overhead)
 
     tune = commands.add_parser("tune", help="search for faster tiles, and keep them for this GPU")
     _add_time(tune, 600.0)

@@ -1,4 +1,4 @@
-"""The ``fedalt`` command. Exit status: 0 done, 2 bad input, 130 interrupted."""
+"""The ``fedalt`` command. Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from transformers.utils import logging as transformers_logging
 
@@ -106,8 +107,15 @@ def _whole_number(text: str, option: str) -> int:
     return int(text)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where to look."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fedalt: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fedalt", description="Personalised federated fine-tuning with mixed LoRAs."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

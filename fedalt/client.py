@@ -120,6 +120,7 @@ def _moments(trained: Mapping[str, nn.Parameter], adamw: torch.optim.AdamW) -> S
     return {
         f"{name}.{key}": adamw.state[parameter][key].detach().cpu()
         for name, parameter in trained.items()
+        if parameter in adamw.state  # one that no token reached has none
         for key in _MOMENTS
     }
 

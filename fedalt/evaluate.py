@@ -56,11 +56,11 @@ def evaluate_text(
     scores = text_scores(answers, [record.output for record in records])
     scores["loss"] = total.item() / tokens
     if all(record.options for record in records):
-        named = [
-            named_option(answer, record.options) == record.options.index(record.output)
+        right = sum(
+            named_option(answer, record.options) == record.output
             for answer, record in zip(answers, records, strict=True)
-        ]
-        scores["accuracy"] = 100 * sum(named) / len(named)
+        )
+        scores["accuracy"] = 100 * right / len(records)
         scores |= choice_scores(model, tokenizer, examples, records, config.batch_size)
     return scores
 

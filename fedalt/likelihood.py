@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from fedalt.data.tokens import Example, collate
 from fedalt.loss import token_losses
 
 
-@torch.no_grad()
 def choice_scores(
     model: nn.Module,
     tokenizer: Any,
@@ -24,35 +24,53 @@ def choice_scores(
     """Accuracy, in percent, of the option that the model finds most likely after the prompt.
 
     ``choice`` compares the options' summed log-likelihoods, ``choice_norm`` these over the length
-    in UTF-8 bytes, as lm-evaluation-harness does under ``acc`` and ``acc_norm``. An option's end is
-    not counted, since one option may begin another.
+    in UTF-8 bytes: ``acc`` and ``acc_bytes`` of lm-evaluation-harness, whose ``acc_norm`` counts
+    characters, which in ASCII are bytes. As there, the first option wins a tie, and an option's end
+    is not counted; so where one option begins another, ``choice`` takes the shorter.
 
     Args:
         examples: the questions' prompts in token ids.
         records: the same questions; each has options, its output among them.
         batch_size: options, of any questions, that go through the model together.
     """
-    rows, owners = [], []
-    for place, (example, record) in enumerate(zip(examples, records, strict=True)):
-        encoded = tokenizer(list(record.options), add_special_tokens=False)["input_ids"]
-        for option, ids in zip(record.options, encoded, strict=True):
-            rows.append(Example(example.prompt, tuple(ids)))
-            owners.append((place, option))
+    right = {"choice": 0, "choice_norm": 0}
+    all_nats = option_nats(model, tokenizer, examples, records, batch_size)
+    for record, nats in zip(records, all_nats, strict=True):
+        sizes = [len(option.encode()) or 1 for option in record.options]  # suites have empty ones
+        per_byte = [cost / size for cost, size in zip(nats, sizes, strict=True)]
+        for name, costs in (("choice", nats), ("choice_norm", per_byte)):
+            right[name] += record.options[costs.index(min(costs))] == record.output
+    return {name: 100 * count / len(records) for name, count in right.items()}
+
+
+@torch.no_grad()
+def option_nats(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    records: Sequence[Record],
+    batch_size: int,
+) -> list[list[float]]:
+    """The negative log-likelihood, in nats, of every option of every question after its prompt.
+
+    Options are encoded as answers are in training, without the EOS. Infinite for an option that
+    the tokenizer makes nothing of.
+    """
+    options = [option for record in records for option in record.options]
+    encoded = iter(tokenizer(options, add_special_tokens=False)["input_ids"])
+    rows = [
+        Example(example.prompt, tuple(next(encoded)))
+        for example, record in zip(examples, records, strict=True)
+        for _ in record.options
+    ]
     device = next(model.parameters()).device
-    nats = torch.zeros(len(rows), dtype=torch.float64)
-    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt + rows[i].answer))
-    for start in range(0, len(rows), batch_size):
+    nats = torch.full((len(rows),), math.inf, dtype=torch.float64, device=device)
+    longest_first = sorted(
+        (place for place, row in enumerate(rows) if row.answer),
+        key=lambda place: -len(rows[place].prompt + rows[place].answer),
+    )
+    for start in range(0, len(longest_first), batch_size):
         chosen = longest_first[start : start + batch_size]
-        batch = collate([rows[i] for i in chosen], tokenizer.pad_token_id, device)
-        nats[chosen] = token_losses(model, batch).double().sum(1).cpu()
-    best: list[dict[str, tuple[float, str]]] = [{} for _ in records]
-    for (place, option), cost in zip(owners, nats.tolist(), strict=True):
-        for name, value in (("choice", -cost), ("choice_norm", -cost / len(option.encode()))):
-            if name not in best[place] or value > best[place][name][0]:
-                best[place][name] = (value, option)
-    return {
-        name: 100
-        * sum(b[name][1] == r.output for b, r in zip(best, records, strict=True))
-        / len(records)
-        for name in ("choice", "choice_norm")
-    }
+        batch = collate([rows[place] for place in chosen], tokenizer.pad_token_id, device)
+        nats[chosen] = token_losses(model, batch).double().sum(1)
+    return [part.tolist() for part in nats.split([len(record.options) for record in records])]

@@ -68,7 +68,10 @@ class Round:
         return server.leave_one_out(self.updates, weights)
 
     def mean_product(self, counted: Sequence[str], client: str, by_examples: bool = False) -> State:
-        """Factors, at the client's rank and scale, of ``Σ p_k s_k B_k A_k`` over ``counted``."""
+        """Factors, at the client's rank and scale, of ``Σ p_k s_k B_k A_k`` over ``counted``.
+
+        Rank that the product cannot fill starts afresh: rows of A drawn anew, columns of B zero.
+        """
         updates = [self.updates[other] for other in counted]
         shares = [float(self.examples[other]) if by_examples else 1.0 for other in counted]
         weights = [
@@ -80,7 +83,9 @@ class Round:
             b, a = products.factored(
                 *products.stacked(updates, weights, layer), rank=self.rank_of(client)
             )
-            dtype = updates[0][f"{layer}.a"].dtype
+            dtype, filled = updates[0][f"{layer}.a"].dtype, sum(map(self.rank_of, counted))
+            if filled < len(a):
+                a[filled:] = self.fresh(client)[f"{layer}.a"][filled:]
             state |= {f"{layer}.a": a.to(dtype), f"{layer}.b": b.to(dtype)}
         return state
 
@@ -135,6 +140,8 @@ class Method:
     """An absent client's last contribution still counts, up to ``federation.max_age`` rounds."""
     changes_base: ClassVar[bool] = False
     """``combine`` adds to the base weights."""
+    averages: ClassVar[bool] = True
+    """All that ``combine`` gives is an average, so that robust ones can take its place."""
     mixes_ranks: ClassVar[bool] = False
     """Clients may hold adapters of different ranks."""
     one_start: ClassVar[bool] = True

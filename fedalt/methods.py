@@ -71,6 +71,7 @@ class ExactRow(FedALT):
     """FedALT whose Rest-of-World is the others' mean product, cut back to the rank by SVD."""
 
     name = "fedalt-svd"
+    averages = False
 
     def row(self, round: Round) -> Install:
         def of_others(client: str) -> State:
@@ -84,6 +85,7 @@ class Similar(FedALT):
     """FedALT whose Rest-of-World favours clients of like B: weights softmax(cosine / 0.1)."""
 
     name = "fedalt-similar"
+    averages = False
 
     def row(self, round: Round) -> Install:
         cosines = products.similarity(list(round.updates.values()))
@@ -141,7 +143,7 @@ class Relay(FedALT):
     A client trains its individual LoRA, the mixer and its copy of the Rest-of-World together, hands
     in that copy, and installs the mean of the others' copies; what it learned for itself stays in
     the individual LoRA, which never leaves. The gates, which add up to one, are doubled, so that
-    neither adapter is held back at first. A client uses its last local state, as under ``fedit+ft``.
+    neither adapter is held back at first. A client uses its last local state, as in ``fedit+ft``.
     """
 
     name = "fedalt-relay"

@@ -123,6 +123,11 @@ def _train_whole(model: nn.Module, names: Sequence[str]) -> None:
             known = ", ".join(child for child, _ in model.named_children())
             raise InputError(f"lora.modules_to_save: no module is named {name!r}; known: {known}")
         module = modules[name].requires_grad_(True)
+        others = [p for n, m in modules.items() if m is not module for p in m.parameters(False)]
+        if {id(p) for p in module.parameters(False)} & {id(p) for p in others}:
+            raise InputError(
+                f"lora.modules_to_save: {name!r} is tied to another module; leave it out"
+            )
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
             module.float().register_forward_pre_hook(_widen)
     model.fedalt_heads = tuple(names)  # type: ignore[assignment]

@@ -39,6 +39,8 @@ def factored(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, left_core = torch.linalg.qr(b)
     right, right_core = torch.linalg.qr(a.mT)
     u, s, v = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    rounding = torch.finfo(s.dtype).eps * max(len(b), a.shape[1])
+    s = s.where(s > rounding * left_core.norm() * right_core.norm(), 0)
     kept = min(rank, s.numel())
     up, down = left @ u[:, :kept] * s[:kept], v[:kept] @ right.mT
     sign = down.gather(1, down.abs().argmax(1, keepdim=True)).sign()

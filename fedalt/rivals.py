@@ -57,6 +57,7 @@ class FedExLoRA(FedIT):
 
     name = "fedex-lora"
     changes_base = True
+    averages = False
 
     def combine(self, round: Round) -> Combined:
         mean = round.mean()
@@ -72,6 +73,7 @@ class FLoRA(Method):
 
     name = "flora"
     changes_base = True
+    averages = False
     mixes_ranks = True
 
     def combine(self, round: Round) -> Combined:
@@ -84,6 +86,7 @@ class FlexLoRA(Method):
     """The mean product, cut back by SVD to every client's own rank (Bai et al. 2024)."""
 
     name = "flexlora"
+    averages = False
     mixes_ranks = True
 
     def combine(self, round: Round) -> Combined:

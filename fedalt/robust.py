@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ def trimmed_mean(updates: Sequence[Update], trim: float) -> dict[str, Tensor]:
 
     Works on one tensor of all clients at a time. Clients count alike.
     """
-    return _middle(updates, cut=math.floor(trim * len(updates)))
+    share = Fraction(str(trim))  # as it was written: in binary 0.29 · 100 is below 29
+    return _middle(updates, cut=math.floor(share * len(updates)))
 
 
 def median(updates: Sequence[Update]) -> dict[str, Tensor]:

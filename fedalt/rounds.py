@@ -82,7 +82,7 @@ class Play:
         if keeps and self.before.has(OPTIMIZER, client):
             moments = self.before.state(OPTIMIZER, client)
         try:
-            states.load_adapter_state(stage.model, state)
+            states.load_adapter_state(stage.model, state.read())
             result = train_client(
                 stage.model,
                 stage.examples(member).train,

@@ -142,7 +142,7 @@ def _evaluate(
     stage.load_base(draft)
     for member in stage.known:
         started = time.perf_counter()
-        states.load_adapter_state(stage.model, draft.state(CLIENTS, member.id))
+        states.load_adapter_state(stage.model, draft.state(CLIENTS, member.id).read())
         meter = GateMeter(stage.model)
         scores = score(stage, member, meter)
         journal.write("evaluate", number, member.id, **scores)

@@ -61,7 +61,7 @@ def leave_one_out(
             return {name: torch.zeros_like(t, dtype=dtypes[name]) for name, t in total.items()}
         if len(updates) == 2:  # the other's bits, which a sum need not give back
             (other,) = updates.keys() - {client}
-            return dict(updates[other])
+            return {name: c.clone() for name, c in updates[other].items()}
         own, left = updates[client], whole - weight[client]
         return {
             name: ((t - own[name].double() * weight[client]) / left).to(dtypes[name])

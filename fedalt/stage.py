@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,7 +187,18 @@ class Stage:
                     f"lora.client_ranks.{name}: {self.method.name} wants one rank for all (or 0: "
                     "trains no adapter); flexlora, flora and local take others"
                 )
-        least = self.config.federation.min_clients
+        settings = self.config.federation
+        if settings.aggregate in ("trimmed", "median") and not self.method.averages:
+            raise InputError(
+                f"federation.aggregate: {self.method.name} does more than average, which "
+                f"{settings.aggregate!r} cannot make robust; use mean or clipped"
+            )
+        if settings.aggregate == "trimmed" and settings.trim * len(self.known) < 1:
+            raise InputError(
+                f"federation.trim: {settings.trim} of {len(self.known)} clients is nobody; raise "
+                f"it to {math.ceil(1000 / len(self.known)) / 1000} or more"
+            )
+        least = settings.min_clients
         if self.method.sends and len(self.known) < least:
             raise InputError(
                 f"{self.config.data.path}: {self.method.name} wants {least} clients or more, got "

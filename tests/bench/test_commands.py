@@ -110,6 +110,15 @@ def test_what_needs_a_gpu_is_refused_in_one_line(
     )
 
 
+def test_overhead_refuses_bad_input_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["overhead", "--data", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench: nowhere: no such folder")
+    assert error.count("\n") == 1
+    assert main(["overhead", "-c", "train.batch_size=0"]) == 2
+    assert "train.batch_size must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_search_finds_the_fastest_neighbour() -> None:
     start = tiles.Tile(64, 128, 64, 3, 4)
 

@@ -36,10 +36,9 @@ SCALE = 2.0
 
 @dataclass(frozen=True)
 class Counted:
-    """What a server may count: by client, what it trained, and its share; the round's number."""
+    """What a server may count: by client what it trained, its examples, and its alpha / rank."""
 
     states: Mapping[str, Mapping[str, Tensor]]
-    number: int = 1
     examples: Mapping[str, int] = field(default_factory=lambda: EXAMPLES)
     scales: Mapping[str, float] = field(default_factory=dict)
 
@@ -144,7 +143,7 @@ def assert_product(
 
 def truncated(product: np.ndarray, rank: int) -> np.ndarray:
     """The best approximation of a rank, by a dense SVD."""
-    u, s, v = np.linalg.svd(product)
+    u, s, v = np.linalg.svd(product, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
@@ -168,7 +167,7 @@ class Nudged:
 
     def counted(self, number: int, *left_out: str) -> Counted:
         clients = {c: s for (n, c), s in self.trained.items() if n == number and c not in left_out}
-        return Counted(dict(sorted(clients.items())), number)
+        return Counted(dict(sorted(clients.items())))
 
     def traffic(self, number: int) -> dict[str, tuple[int, int]]:
         """By client, the bytes sent and received in a round."""

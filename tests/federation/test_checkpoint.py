@@ -94,7 +94,8 @@ def at_step(stop, act):
             if count[0] - 1 == stop:
                 if original.__name__ == "write_bytes":
                     original(args[0], args[1][: len(args[1]) // 2])
-                act()
+                with contextlib.suppress(*[OSError] * bool(kwargs.get("ignore_errors"))):
+                    act()
             return original(*args, **kwargs)
 
         return call
@@ -155,7 +156,7 @@ def test_a_disk_that_fails_at_any_step_is_told_in_one_line_and_leaves_a_whole_ch
     def act():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    told = 0
+    told = []
     for step in range(steps_of_a_save(tmp_path / "counted")):
         folder = tmp_path / str(step)
         save(folder, 0, keep=1)
@@ -163,20 +164,24 @@ def test_a_disk_that_fails_at_any_step_is_told_in_one_line_and_leaves_a_whole_ch
             with at_step(step, act):
                 save(folder, 1, keep=1)
         except InputError as error:
-            told += 1
-            assert str(error).startswith(str(folder))
-            assert "cannot write: No space left on device; free some space" in str(error)
-            assert "\n" not in str(error)
+            told.append(str(error))
         whole_after(folder)
-    assert told > 15
+    assert len(told) > 15
+    for line in told:
+        assert line.startswith(str(tmp_path))
+        assert line.endswith(
+            "cannot write: No space left on device; free some space and go on with --resume"
+        )
+        assert "\n" not in line
 
 
-def test_any_flipped_bit_of_the_manifest_and_any_changed_byte_of_a_state_is_noticed(tmp_path):
+def test_a_flipped_bit_in_any_byte_of_any_file_is_noticed(tmp_path):
+    """One bit of every byte, and in the manifest the bit between capital and small letters too."""
     path = save(tmp_path, 1).path
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         content = file.read_bytes()
-        masks = [1 << bit for bit in range(8)] if file.name == "manifest.json" else [1]
         for place in range(len(content)):
+            masks = {1 << place % 8} | ({0x20} if file.name == "manifest.json" else set())
             for mask in masks:
                 changed = bytearray(content)
                 changed[place] ^= mask
@@ -275,9 +280,7 @@ def test_the_offer_is_a_whole_one_or_none(tmp_path):
         (path / "clients" / "ann.safetensors").unlink()
     with pytest.raises(InputError) as caught:
         ckpt.load_latest(tmp_path)
-    assert str(caught.value).endswith(
-        f"remove {paths[2]} and {paths[1]} to go back to round-0000"
-    ) or str(caught.value).endswith(f"remove {paths[1]} and {paths[2]} to go back to round-0000")
+    assert str(caught.value).endswith(f"remove {paths[1]} and {paths[2]} to go back to round-0000")
     (paths[0] / "clients" / "ann.safetensors").unlink()
     with pytest.raises(InputError, match="start again under another --out"):
         ckpt.load_latest(tmp_path)
@@ -378,13 +381,11 @@ def uncut(tiny_config, tmp_path):
 
 
 OBSTACLES = (
-    "config.yaml",
     "latest",
     "metrics.jsonl",
     "times.jsonl",
     "results.json",
     "report",
-    "checkpoints",
 )
 
 
@@ -399,18 +400,30 @@ def test_whatever_cannot_be_written_ends_in_one_line_and_the_run_can_go_on(
     path, aside = out / name, out.with_name("aside")
     if path.exists():
         path.rename(aside)
-    if name in ("report", "checkpoints"):
+    if name == "report":
         path.write_text("in the way")
     else:
         path.mkdir()
     line = refused(out, capsys)
     assert line.startswith("fedalt: ")
     assert str(path) in line
-    if name != "config.yaml":  # which a resume must read first
-        assert "make it writable and go on with --resume" in line
+    assert "make it writable and go on with --resume" in line
     path.rmdir() if path.is_dir() else path.unlink()
     if aside.exists():
         aside.rename(path)
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    assert record_of(out) == uncut
+
+
+def test_a_resume_whose_checkpoints_are_gone_is_refused_before_anything_is_lost(
+    tiny_config, uncut, capsys
+):
+    config = quick(tiny_config, rounds=3)
+    out = Path(config.out)
+    cut_short(config)
+    (out / "checkpoints").rename(out.with_name("aside"))
+    assert f"{out / 'latest'}: names a checkpoint that is gone" in refused(out, capsys)
+    out.with_name("aside").rename(out / "checkpoints")
     assert main(["run", "--out", str(out), "--resume"]) == 0
     assert record_of(out) == uncut
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import fedalt
 from fedalt.cli import main
+from tests.conftest import write_client
+from tests.federation.test_run import quick
 
 
 @pytest.fixture
@@ -32,6 +35,7 @@ def refused(arguments, capsys) -> str:
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("fedalt: ")]
     assert captured.out == ""
+    assert "Traceback" not in captured.err
     assert len(lines) == 1
     return lines[0]
 
@@ -87,6 +91,10 @@ def test_bad_data_is_refused_before_anything_is_written(
         (["-c", "train.batchsize=1"], "did you mean train.batch_size?"),
         (["-c", "data.clients=[bob, bob]"], "names the client 'bob' twice"),
         (["-c", "method=fedavg"], "no method is named 'fedavg'"),
+        (["-c", "federation.away={zoe: [1]}"], "federation.away: no client 'zoe'"),
+        (["-c", "federation.participation=0"], "federation.participation must be in (0, 1]"),
+        (["-c", "train.batch_size"], "wants key.path=value"),
+        (["-c", "lora=3"], "lora must be a group of settings"),
         (["-c", "model.path=no/such"], "model.path: cannot load 'no/such'"),
         (["--data", "nowhere"], "nowhere: no such folder"),
     ],
@@ -97,6 +105,34 @@ def test_bad_settings_are_refused_before_anything_is_written(
     before = tree(tmp_path)
     assert message in refused(["run", config_file, *arguments], capsys)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_config_that_is_not_there_is_named(command, capsys):
+    assert "no-such.yaml: cannot read the config" in refused([command, "no-such.yaml"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["rnu"], "invalid choice: 'rnu'"),
+        (["run", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml"),
+        (["evaluate"], "the following arguments are required: RUN"),
+        (["join", "runs/x"], "the following arguments are required: --data"),
+        (["export", "runs/x", "bob"], "the following arguments are required: --to"),
+        (["report", "runs/x", "--tensorbord"], "unrecognized arguments: --tensorbord"),
+    ],
+)
+def test_a_line_that_is_no_command_is_told_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("fedalt: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert "--help" in errors
 
 
 def test_an_output_directory_is_never_overwritten(config_file, tmp_path, capsys):
@@ -123,15 +159,16 @@ def test_a_run_prints_its_table_and_resumes_only_under_its_own_config(
     config_file, tiny_config, capsys
 ):
     out = tiny_config.out
+    config_file.write_text(quick(tiny_config).to_yaml())
     assert main(["run", str(config_file)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("| client")
-    assert printed.splitlines()[-1] == f"plot: {out}/report/curves.png"
-    assert Path(out, "report", "curves.png").exists()
+    assert printed.splitlines()[-1] == f"report: {out}/report/report.html"
+    assert Path(out, "report", "report.html").exists()
 
     before = tree(Path(out))
-    message = refused(["run", config_file, "--resume", "-c", "train.batch_size=2"], capsys)
-    assert "train.batch_size is 2 here and was 4" in message
+    message = refused(["run", config_file, "--resume", "-c", "train.batch_size=7"], capsys)
+    assert "train.batch_size is 7 here and was 2" in message
     assert "not empty; add --resume" in refused(["run", config_file], capsys)
     assert tree(Path(out)) == before
 
@@ -147,9 +184,66 @@ def test_a_resume_needs_a_directory(capsys):
     assert "--resume wants the run directory" in refused(["run", "--resume"], capsys)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "report"])
+COMMANDS = {
+    "evaluate": (),
+    "report": (),
+    "join": ("--data", "zoe"),
+    "export": ("bob", "--to", "adapter"),
+}
+"""What reads a run, with what else it must be told."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_directory_without_a_run_is_named(command, tmp_path, capsys):
-    assert f"{tmp_path}/config.yaml: cannot read" in refused([command, tmp_path], capsys)
+    arguments = [command, tmp_path, *COMMANDS[command]]
+    assert f"{tmp_path}/config.yaml: cannot read" in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "join", "export"])
+def test_a_damaged_checkpoint_is_refused_by_every_command(
+    command, tiny_config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_client(tmp_path / "zoe", "z", 4)
+    config = quick(tiny_config)
+    fedalt.Federation(config).run()
+    newest = Path(config.out, "checkpoints", "round-0002")
+    (newest / "clients" / "bob.safetensors").write_bytes(b"")
+    before = tree(tmp_path)
+    for arguments in (
+        [command, config.out, *COMMANDS[command]],
+        ["run", "--out", config.out, "--resume"],
+    ):
+        message = refused(arguments, capsys)
+        assert "clients/bob.safetensors: damaged" in message
+        assert message.endswith(f"remove {newest} to go back to round-0001")
+        assert tree(tmp_path) == before
+
+
+def test_evaluate_refuses_what_it_does_not_find(tiny_config, tmp_path, capsys):
+    config = quick(tiny_config, rounds=1)
+    fedalt.Federation(config).run()
+    evaluate = ["evaluate", config.out]
+    assert "no client 'zoe' there" in refused([*evaluate, "--client", "zoe"], capsys)
+    assert "nowhere: no such folder" in refused([*evaluate, "--data", "nowhere"], capsys)
+    write_client(tmp_path / "other" / "zoe", "z", 4)
+    message = refused([*evaluate, "--data", tmp_path / "other"], capsys)
+    assert "no client 'zoe'; known: ann, bob, cyd" in message
+    assert main(["evaluate", config.out, "--data", config.data.path]) == 0
+    assert "bob" in capsys.readouterr().out
+
+
+def test_whatever_else_the_disk_refuses_is_one_line_too(tiny_config, capsys, monkeypatch):
+    """Of the commands that write outside a run."""
+    config = quick(tiny_config, rounds=1)
+    fedalt.Federation(config).run()
+
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device", "somewhere/report.html")
+
+    monkeypatch.setattr("fedalt.cli.write_report", full)
+    message = refused(["report", config.out], capsys)
+    assert message == "fedalt: somewhere/report.html: No space left on device"
 
 
 def test_without_out_runs_are_numbered(config_file, tmp_path, monkeypatch, capsys):
@@ -181,26 +275,22 @@ def test_an_interrupt_exits_130_with_the_line_that_resumes(config_file, tiny_con
 
 
 def test_compare_prints_a_line_a_method_and_resumes(config_file, tiny_config, capsys):
-    arguments = ["compare", str(config_file), "--methods", "fedalt,local", "--seeds", "0,1"]
-    assert main([*arguments, "-c", "rounds=1", "--jobs", "2"]) == 0
+    """What the tables hold is tested without runs, in ``test_compare``."""
+    config_file.write_text(quick(tiny_config, rounds=1).to_yaml())
+    arguments = ["compare", str(config_file), "--methods", "fedalt,local", "--seeds", "3"]
+    assert main([*arguments, "--jobs", "2"]) == 0
     printed = capsys.readouterr().out
-    rows = [line.split("|")[1].strip() for line in printed.splitlines()[:-1]]
-    assert rows == ["method", "-" * len(rows[1]), "fedalt", "local"]
+    first = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    assert {"method", "fedalt", "local"} <= set(first)
     out = Path(tiny_config.out)
+    assert printed.splitlines()[-1] == f"report: {out}/compare.html"
     summary = json.loads((out / "compare.json").read_text())
-    assert {name: len(runs) for name, runs in summary["methods"].items()} == {
-        "fedalt": 2,
-        "local": 2,
-    }
-    losses = [run["mean"]["last"]["loss"] for run in summary["methods"]["local"]]
-    mean, half = sum(losses) / 2, abs(losses[0] - losses[1]) / 2
-    assert f"{mean:.3f} ± {half * 2**0.5:.3f}" in printed
-    assert (out / "compare.png").exists()
+    for method in ("fedalt", "local"):
+        written = json.loads((out / method / "seed-3" / "results.json").read_text())
+        assert summary["methods"][method][0]["mean"] == written["mean"]
 
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("results.json")}
-    assert len(before) == 4
-    assert "not empty; add --resume" in refused([*arguments, "-c", "rounds=1"], capsys)
-    assert main([*arguments, "-c", "rounds=1", "--resume", "--jobs", "2"]) == 0
+    assert "not empty; add --resume" in refused(arguments, capsys)
+    assert main([*arguments, "--resume", "--jobs", "2"]) == 0
     assert capsys.readouterr().out == printed
 
 

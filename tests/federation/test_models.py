@@ -1,11 +1,12 @@
-"""Injection into Hugging Face models, and clients as states."""
+"""Injection into Hugging Face models."""
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fedalt
-from fedalt import models
+from fedalt import models, states
 from fedalt.config import ModelConfig
 from fedalt.errors import InputError
 from fedalt_kernels import MixedLoRALinear
@@ -70,11 +71,11 @@ def test_gpt2_conv1d_layers_take_adapters():
 
 def test_equal_seeds_start_equal(model, tiny_base):
     other = AutoModelForCausalLM.from_pretrained(tiny_base)
-    first = models.adapter_state(fedalt.inject(model, rank=2, seed=5))
-    second = models.adapter_state(fedalt.inject(other, rank=2, seed=5))
+    first = states.adapter_state(fedalt.inject(model, rank=2, seed=5))
+    second = states.adapter_state(fedalt.inject(other, rank=2, seed=5))
     assert all(torch.equal(first[name], second[name]) for name in first)
     third = AutoModelForCausalLM.from_pretrained(tiny_base)
-    third = models.adapter_state(fedalt.inject(third, rank=2, seed=6))
+    third = states.adapter_state(fedalt.inject(third, rank=2, seed=6))
     assert any(not torch.equal(first[name], third[name]) for name in first)
 
 
@@ -90,67 +91,37 @@ def test_a_second_injection_is_refused(model):
         fedalt.inject(model, rank=2)
 
 
-def test_a_client_swaps_in_and_out_without_loss(model):
-    fedalt.inject(model, rank=2, seed=0)
-    empty = models.adapter_state(model)
-    torch.manual_seed(0)
-    client = {name: torch.randn_like(tensor) for name, tensor in empty.items()}
-    models.load_adapter_state(model, client)
-    changed = model(IDS).logits
-    models.load_adapter_state(model, empty)
-    models.load_adapter_state(model, client)
-    assert torch.equal(model(IDS).logits, changed)
-    assert all(torch.equal(t, client[n]) for n, t in models.adapter_state(model).items())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_saved_module_is_trained_whole_in_float32_over_any_base(tiny_base, dtype):
+    """Its logits are rounded as fp32 rounds 32 products and their sum, not as the base does."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=dtype).eval()
+    fedalt.inject(model, rank=2, modules_to_save=("lm_head",))
+    wide = model(IDS).logits
+    assert model.lm_head.weight.dtype == wide.dtype == torch.float32
+    hidden = model.model(IDS).last_hidden_state.double()
+    exact = hidden @ model.lm_head.weight.double().T
+    sizes = hidden.abs() @ model.lm_head.weight.double().abs().T
+    assert ((wide.double() - exact).abs() <= 33 * 2.0**-24 * sizes).all()
+    name, before = "lm_head.weight", states.adapter_state(model)
+    assert before[name].dtype == torch.float32
+    states.set_trainable(model, ("head",))
+    wide.sum().backward()
+    assert model.lm_head.weight.grad.any()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is None
+    states.load_adapter_state(model, {**before, name: before[name] + 1})
+    assert torch.equal(states.adapter_state(model)[name], before[name] + 1)
 
 
-def test_only_the_individual_adapter_leaves_a_client(model):
-    fedalt.inject(model, rank=2)
-    update = fedalt.individual_state(model)
-    assert {name.rsplit(".", 2)[1] for name in update} == {"individual"}
-    assert len(update) == 2 * len(layers_of(model))
+def test_a_saved_module_takes_no_adapter_and_must_be_there(model):
+    targets = ("q_proj", "lm_head")
+    fedalt.inject(model, rank=2, target_modules=targets, modules_to_save=("lm_head",))
+    assert [name.rpartition(".")[2] for name in layers_of(model)] == ["q_proj", "q_proj"]
+    assert isinstance(model.lm_head, nn.Linear)
 
 
-def test_rest_of_world_goes_into_the_frozen_adapter_alone(model):
-    fedalt.inject(model, rank=2)
-    before = models.adapter_state(model)
-    torch.manual_seed(0)
-    updates = [
-        {n: torch.randn_like(t) for n, t in fedalt.individual_state(model).items()}
-        for _ in range(3)
-    ]
-    rows = fedalt.rest_of_world(updates)
-    fedalt.load_rest_of_world(model, rows[1])
-    after = models.adapter_state(model)
-    for name, tensor in after.items():
-        if ".rest_of_world." in name:
-            mean = rows[1][name.replace(".rest_of_world.", ".individual.")]
-            assert torch.equal(tensor, mean)
-        else:
-            assert torch.equal(tensor, before[name])
-
-
-def test_a_foreign_state_is_refused_by_name(model):
-    fedalt.inject(model, rank=2)
-    state = models.adapter_state(model)
-    name = next(iter(state))
-    with pytest.raises(ValueError, match=f"{name} has shape"):
-        models.load_adapter_state(model, {**state, name: torch.zeros(7, 7)})
-    missing = {key: tensor for key, tensor in state.items() if key != name}
-    with pytest.raises(ValueError, match=f"{name} is missing"):
-        models.load_adapter_state(model, missing)
-    with pytest.raises(ValueError, match="zzz is not in the model"):
-        models.load_adapter_state(model, {**state, "zzz": torch.zeros(1)})
-
-
-def test_base_fingerprint_sees_the_base_and_not_the_adapters(model):
-    fedalt.inject(model, rank=2)
-    first = models.base_fingerprint(model)
-    state = models.adapter_state(model)
-    models.load_adapter_state(model, {n: t + 1 for n, t in state.items()})
-    assert models.base_fingerprint(model) == first
-    with torch.no_grad():
-        model.model.norm.weight[0] += 1
-    assert models.base_fingerprint(model) != first
+def test_a_saved_module_that_is_not_there_is_named(model):
+    with pytest.raises(InputError, match="no module is named 'lm_haed'; known: model, lm_head"):
+        fedalt.inject(model, rank=2, modules_to_save=("lm_haed",))
 
 
 @pytest.mark.parametrize(

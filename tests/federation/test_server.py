@@ -49,6 +49,7 @@ def test_rest_of_world_of_two_is_the_other_bit_for_bit(weights):
     row = leave_one_out({"a": {"x": big}, "b": {"x": small}}, weights)
     assert torch.equal(row("a")["x"].view(torch.int32), small.view(torch.int32))
     assert torch.equal(row("b")["x"].view(torch.int32), big.view(torch.int32))
+    assert row("a")["x"].data_ptr() != small.data_ptr()  # a copy, as of more clients
 
 
 def spread(count, dtype, seed=0):
@@ -113,7 +114,9 @@ def test_another_order_moves_a_leave_one_out_by_no_more_than_fp64_rounding():
 
 
 def test_the_order_in_which_clients_finish_changes_no_bit(tiny_config, monkeypatch, tmp_path):
-    config = replace(tiny_config, rounds=1, lora=replace(tiny_config.lora, target_modules=("q_proj",)))
+    config = replace(
+        tiny_config, rounds=1, lora=replace(tiny_config.lora, target_modules=("q_proj",))
+    )
     first = run_nudged(config, monkeypatch)
     drawn = rounds.drawn
     monkeypatch.setattr(rounds, "drawn", lambda *args: drawn(*args)[::-1])

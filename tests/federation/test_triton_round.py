@@ -1,22 +1,26 @@
 """A FedALT round on the built-in base and sample: the Triton kernels give the CPU path's numbers.
 
 Two clients train two steps, exchange, and train one more with dropout; in the interpreter, or on a
-GPU.  The truth is the same round in float64.
+GPU. The truth is the same round in float64.
 """
 
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fedalt.client import train_client
-from fedalt.config import Config
+from fedalt.config import Config, TrainConfig
 from fedalt.data import load_clients
-from fedalt.data.tokens import encode
 from fedalt.errors import InputError
-from fedalt.models import (
+from fedalt.server import rest_of_world
+from fedalt.settings import config_from_dict
+from fedalt.stage import load_model
+from fedalt.states import (
+    INDIVIDUAL,
     MIXER,
     adapter_state,
     individual_state,
@@ -24,9 +28,6 @@ from fedalt.models import (
     load_rest_of_world,
     select,
 )
-from fedalt.run import load_model
-from fedalt.server import rest_of_world
-from fedalt.settings import config_from_dict
 from tests.kernels.budget import excess
 
 RECORDS = 4
@@ -47,26 +48,27 @@ def config() -> Config:
 
 def play(config: Config, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the clients end with, as steps from their start, by part; and their mean losses."""
-    model, tokenizer = load_model(replace(config, lora=replace(config.lora, impl=impl)))
+    model, task = load_model(replace(config, lora=replace(config.lora, impl=impl)), ())
     model.to(dtype)
-    clients = load_clients(config.data, 0)[:2]
-    examples = [encode(client.train[:RECORDS], tokenizer, config.data) for client in clients]
+    clients = load_clients(config.data, config.partition, config.seed)[:2]
+    examples = [task.encode(client.read().train[:RECORDS]) for client in clients]
+
+    def train(records: list[Any], settings: TrainConfig, seed: int) -> float:
+        trains = [(INDIVIDUAL, MIXER)]
+        return train_client(model, records, settings, task.loss, trains=trains, seed=seed).loss
+
     start = adapter_state(model)
     states, losses = [], []
     for number, records in enumerate(examples):
         load_adapter_state(model, start)
-        result = train_client(model, records, config.train, seed=number, pad_id=0)
-        losses.append(result.loss)
+        losses.append(train(records, config.train, number))
         states.append(adapter_state(model))
     rows = rest_of_world([{n: t for n, t in s.items() if "individual" in n} for s in states])
     ends = []
     for number, (state, row, records) in enumerate(zip(states, rows, examples, strict=True)):
         load_adapter_state(model, state)
         load_rest_of_world(model, row)
-        result = train_client(
-            model, records, replace(config.train, max_steps=1), seed=10 + number, pad_id=0
-        )
-        losses.append(result.loss)
+        losses.append(train(records, replace(config.train, max_steps=1), 10 + number))
         ends.append((individual_state(model), select(adapter_state(model), MIXER)))
     parts = {"a": [], "b": [], "mixer": []}
     for name, tensor in chain.from_iterable(part.items() for pair in ends for part in pair):
@@ -92,4 +94,4 @@ def test_an_implementation_that_cannot_run_is_refused(
 
     monkeypatch.setattr(choice, "_has_triton", lambda: False)
     with pytest.raises(InputError, match=r"lora\.impl: impl='triton' cannot run: the triton"):
-        load_model(replace(config, lora=replace(config.lora, impl="triton")))
+        load_model(replace(config, lora=replace(config.lora, impl="triton")), ())
