@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fedalt", "fedalt.*", "fedalt_kernels", "fedalt_kernels.*"]),
-    package_data={"fedalt": ["assets/base/*", "assets/vit/*"], "fedalt_kernels": ["triton/tuned/*.json"]},
+    package_data={
+        "fedalt": ["assets/base/*", "assets/vit/*"],
+        "fedalt_kernels": ["triton/tuned/*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",

@@ -238,6 +238,8 @@ class EvaluateConfig:
     batch_size: int = 128
     max_new_tokens: int = 80
     num_beams: int = 1
+    parts: bool = True
+    """After the last round, score each of a client's two adapters alone as well."""
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "max_new_tokens", "num_beams"):

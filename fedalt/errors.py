@@ -1,4 +1,4 @@
-"""The one exception that means: what you gave cannot be used."""
+"""What the command line tells in one line: bad input, and runs that could not go on."""
 
 
 class InputError(ValueError):
@@ -9,4 +9,7 @@ class InputError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A process of a comparison ended with an error; the message has its last line."""
+    """A run could not go on: no client could train, or a process of a comparison failed.
+
+    The command line prints the message on standard error and exits with status 1.
+    """

@@ -120,7 +120,11 @@ class Progress:
         now = time.monotonic()
         line.append(f"{now - self._mark:.1f} s")
         self._mark = now
-        tqdm.write("  ".join(line), file=sys.stderr)
+        self.say("  ".join(line))
+
+    def say(self, line: str) -> None:
+        """A line on standard error, above the bar."""
+        tqdm.write(line, file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

@@ -52,13 +52,14 @@ class Play:
             By client id, the round of its last good update.
 
         Raises:
-            RunFailed: none of the drawn clients could train.
+            RunFailed: not one of all clients could train. Where only some were drawn, others may in
+                the next round.
         """
         members = {member.id: member for member in self.stage.known}
         self.stage.load_base(self.before)
         cast = drawn(list(members), self.number, self.stage.config)
         losses = [loss for id in cast if (loss := self._train(members[id])) is not None]
-        if cast and not losses:
+        if not losses and len(cast) == len(members):
             raise RunFailed(f"round {self.number}: no client could train; see errors.log")
         self.progress.trained(losses)
         started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,11 @@ class Federation:
                 progress.end_round(number)
             assert saved is not None
             for member in stage.unseen:
-                fit_in(stage, saved, member, out)
+                try:
+                    fit_in(stage, saved, member, out)
+                except RuntimeError:  # one client's fault must not cost the others' results
+                    journal.error(traceback.format_exc())
+                    progress.say(f"{member.id} could not join; see errors.log")
 
         results = report.read_results(out)
         write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
@@ -138,7 +143,8 @@ def _evaluate(
     stage: Stage, draft: Draft, number: int, journal: Journal, progress: Progress
 ) -> None:
     """Score every client with what it uses; after the last round, with each adapter alone too."""
-    last = number == stage.config.rounds
+    apart = stage.method.rest_of_world and stage.config.evaluate.parts
+    parts = (states.INDIVIDUAL, states.REST_OF_WORLD) if number == stage.config.rounds else ()
     stage.load_base(draft)
     for member in stage.known:
         started = time.perf_counter()
@@ -148,10 +154,9 @@ def _evaluate(
         journal.write("evaluate", number, member.id, **scores)
         if stage.method.rest_of_world:
             journal.write("gates", number, member.id, layers=meter.means())
-        for part in (states.INDIVIDUAL, states.REST_OF_WORLD):
-            if last and stage.method.rest_of_world:
-                with states.adapter_alone(stage.model, part):
-                    journal.write("part", number, member.id, part=part, **score(stage, member))
+        for part in parts if apart else ():
+            with states.adapter_alone(stage.model, part):
+                journal.write("part", number, member.id, part=part, **score(stage, member))
         journal.time(number, "evaluate", member.id, time.perf_counter() - started)
         progress.evaluated(member.id, scores)
 

@@ -12,7 +12,6 @@ from .api import mixed_lora_linear
 from .checks import IMPLEMENTATIONS
 from .sharing import SharedInput
 
-
 SCALAR = "scalar"
 
 
