@@ -171,7 +171,7 @@ def load_client(run_dir: str | Path, client_id: str) -> tuple[nn.Module, Any]:
     """
     config, saved = load_run(run_dir)
     stage = Stage(config, (), saved.record["classes"])
-    stage.load_base(saved)
+    stage.go_on_from(saved)
     states.load_adapter_state(stage.model, client_state(Path(run_dir), saved, client_id))
     states.set_trainable(stage.model, stage.method.trains[0])
     return stage.model, stage.task.tool
@@ -210,7 +210,7 @@ def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> st
             raise InputError(f"{where.path}: no client {client_id!r} there")
     whole = replace(config, federation=replace(config.federation, holdout=0.0))
     stage = Stage(whole, clients, saved.record["classes"])
-    stage.load_base(saved)
+    stage.go_on_from(saved)
     rows, names = [], list[str]()
     for member in stage.known:
         try:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fedalt import models, states
-from fedalt.checkpoint import SERVER, StateFolder, StoredState
+from fedalt.checkpoint import SERVER, Checkpoint, StateFolder, StoredState
 from fedalt.cohort import derive_seed, held_out
 from fedalt.config import Config
 from fedalt.data import Client, load_clients
@@ -86,6 +86,15 @@ class Stage:
         self._base = states.BaseWeights(self.model) if self.method.changes_base else None
         self._fresh_head = states.select(states.adapter_state(self.model), states.HEAD)
         self._shelf: OrderedDict[str, Examples] = OrderedDict()
+
+    def go_on_from(self, saved: Checkpoint) -> None:
+        """Take up a checkpoint's base; ``InputError`` where it was made on another one."""
+        if self.fingerprints["base"] != saved.record["fingerprints"]["base"]:
+            path = self.config.model.path
+            raise InputError(
+                f"{saved.path}: not made on the base {path}; restore the one it was on"
+            )
+        self.load_base(saved)
 
     def load_base(self, folder: StateFolder) -> None:
         """Give the base weights what the rounds up to a checkpoint have added to them."""

@@ -20,6 +20,9 @@ State = dict[str, Tensor]
 INDIVIDUAL, REST_OF_WORLD, MIXER, HEAD = "individual", "rest_of_world", "mixer", "head"
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def part_of(name: str) -> str:
     """What a tensor of a state is: ``individual.a``, ``rest_of_world.b``, ``mixer``, ``head``."""
     *_, owner, leaf = f"..{name}".rsplit(".", 2)
@@ -101,7 +104,10 @@ def fresh_state(model: nn.Module, seed: int) -> State:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and first values of the frozen weights, to know the base by."""
+    """SHA-256 over names, shapes, first values and sums of the frozen weights, to know the base by.
+
+    The sums are of the numbers' bits, as whole numbers, so they are the same in any order.
+    """
     digest = hashlib.sha256()
     adapters = {name for name, _ in client_tensors(model)}
     for name, tensor in model.named_parameters():
@@ -109,6 +115,8 @@ def base_fingerprint(model: nn.Module) -> str:
             head = tensor.detach().flatten()[:1024].float().cpu()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(head.numpy().tobytes())
+            bits = tensor.detach().view(_BITS[tensor.element_size()])
+            digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
     return digest.hexdigest()
 
 

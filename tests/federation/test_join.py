@@ -10,7 +10,7 @@ from fedalt.checkpoint import StoredState, load_latest
 from fedalt.cli import main
 from fedalt.client import train_client
 from fedalt.cohort import derive_seed, held_out
-from fedalt.join import NEAREST, welcome
+from fedalt.join import NEAREST, join_run, welcome
 from fedalt.run import evaluate_run
 from fedalt.stage import set_stage
 from fedalt.states import adapter_alone, adapter_state, load_adapter_state, select
@@ -227,3 +227,29 @@ def test_a_run_cut_short_while_a_held_out_client_fits_in_resumes_to_the_same_bit
             fedalt.Federation(config).run()
     fedalt.Federation(config).run(resume=True)
     assert record_of(Path(config.out)) == record_of(Path(uncut.out))
+
+
+def test_another_base_is_refused(config, finished, tiny_base, tmp_path):
+    """A bit of its file is altered after the run: whoever takes the run up again is told so."""
+    path = tiny_base / "model.safetensors"
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    write_client(tmp_path / "zoe", "z", 4)
+    try:
+        with pytest.raises(fedalt.InputError, match=r"not made on the base .*; restore"):
+            join_run(finished, str(tmp_path / "zoe"))
+        with pytest.raises(fedalt.InputError, match=r"not made on the base .*; restore"):
+            fedalt.load_client(finished, "ann")
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_newcomer_that_fails_costs_nobody_elses_results(tiny_config, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fedalt.join.train_client", broken)
+    result = fedalt.Federation(quick(tiny_config, holdout=0.34, **JOIN)).run()
+    assert len(result.results["clients"]) == 2
+    assert "could not join; see errors.log" in capsys.readouterr().err
+    assert "out of memory" in (result.out / "errors.log").read_text()

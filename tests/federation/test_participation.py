@@ -216,3 +216,27 @@ def test_a_name_that_is_away_must_be_a_clients(tiny_config):
     with pytest.raises(fedalt.InputError, match=r"federation\.away: no client 'zoe'; known: ann"):
         fedalt.Federation(quick(tiny_config, away={"zoe": (1,)})).run()
     assert not Path(tiny_config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("flora", {"aggregate": "median"}, "aggregate: flora does more than average"),
+        ("fedalt-svd", {"aggregate": "trimmed", "trim": 0.4}, "aggregate: fedalt-svd does more"),
+        ("fedalt", {"aggregate": "trimmed"}, "trim: 0.1 of 3 clients is nobody; raise it to 0.334"),
+    ],
+)
+def test_a_robust_average_that_would_do_nothing_is_refused(tiny_config, method, settings, message):
+    federation = replace(tiny_config.federation, **settings)
+    with pytest.raises(fedalt.InputError, match=message):
+        fedalt.Federation(replace(tiny_config, method=method, federation=federation)).run()
+
+
+def test_adapters_are_scored_alone_unless_that_is_turned_off(tiny_config, tmp_path):
+    quiet = replace(
+        tiny_config, out=str(tmp_path / "q"), evaluate=replace(tiny_config.evaluate, parts=False)
+    )
+    with_parts, without = (fedalt.Federation(c).run().results for c in (tiny_config, quiet))
+    assert {"individual", "rest_of_world"} <= with_parts["clients"]["ann"].keys()
+    assert not {"individual", "rest_of_world"} & without["clients"]["ann"].keys()
+    assert with_parts["clients"]["ann"]["last"] == without["clients"]["ann"]["last"]
