@@ -142,21 +142,18 @@ def seed_sheet(runs: Mapping[str, Sequence[Results]], seeds: Sequence[int]) -> S
     if LOCAL not in runs or not others:
         return None
     main = runs[LOCAL][0]["metric"]
-    last = {
-        name: [run["mean"].get("last", {}).get(main, math.nan) for run in results]
-        for name, results in runs.items()
-    }
-    columns = [last[LOCAL]] + [
-        [own - alone for own, alone in zip(last[name], last[LOCAL], strict=True)] for name in others
-    ]
     digits = digits_of(main)
-    rows = [
-        [str(seed), f"{alone:.{digits}f}", *(f"{value:+.{digits}f}" for value in added)]
-        for seed, alone, *added in zip(seeds, *columns, strict=True)
-    ]
-    foot = ["mean", *(deviation(column, digits, True, i > 0) for i, column in enumerate(columns))]
-    header = [f"seed, {label(main)}", LOCAL, *(f"{name} - {LOCAL}" for name in others)]
-    return Sheet(header, rows, [foot])
+
+    def last(name: str) -> list[float]:
+        return [run["mean"].get("last", {}).get(main, math.nan) for run in runs[name]]
+
+    alone = last(LOCAL)
+    rows = [[LOCAL, *(f"{value:.{digits}f}" for value in alone), deviation(alone, digits, True)]]
+    for name in others:
+        added = [own - base for own, base in zip(last(name), alone, strict=True)]
+        cells = (f"{value:+.{digits}f}" for value in added)
+        rows.append([f"{name} - {LOCAL}", *cells, deviation(added, digits, True, True)])
+    return Sheet([f"{label(main)} by seed", *map(str, seeds), "mean"], rows)
 
 
 def compare_csv(runs: Mapping[str, Sequence[Results]], seeds: Sequence[int]) -> str:

@@ -62,10 +62,10 @@ def test_methods_are_compared_by_mean_and_spread():
 def test_the_differences_from_local_are_paired_by_seed():
     sheet = seed_sheet(RUNS, SEEDS)
     assert cells(sheet_text(sheet)) == [
-        ["seed, ROUGE-1", "local", "fedalt - local", "fedit - local"],
-        ["3", "57.5", "+7.5", "-2.5"],
-        ["7", "59.5", "+9.5", "-3.5"],
-        ["mean", "58.5 ± 1.4", "+8.5 ± 1.4", "-3.0 ± 0.7"],
+        ["ROUGE-1 by seed", "3", "7", "mean"],
+        ["local", "57.5", "59.5", "58.5 ± 1.4"],
+        ["fedalt - local", "+7.5", "+9.5", "+8.5 ± 1.4"],
+        ["fedit - local", "-2.5", "-3.5", "-3.0 ± 0.7"],
     ]
 
 
