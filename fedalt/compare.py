@@ -21,7 +21,7 @@ from fedalt.errors import InputError, RunFailed
 from fedalt.methods import get_method
 from fedalt.page import Line, section
 from fedalt.report import read_results, read_times
-from fedalt.rundir import claim_run_dir
+from fedalt.rundir import RESULTS, claim_run_dir
 from fedalt.tables import (
     LOCAL,
     Results,
@@ -105,7 +105,7 @@ def compare(
     for job in todo:
         claim_run_dir(job.config, resume)
     root.mkdir(parents=True, exist_ok=True)
-    _run_all(todo, jobs, root)
+    _run_all([job for job in todo if not (job.out / RESULTS).is_file()], jobs, root)
     runs = {
         name: [_read_run(job.out) for job in todo if job.config.method == name] for name in methods
     }
