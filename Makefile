@@ -10,7 +10,7 @@ run: $(READY)
 	$(BIN)/fedalt run
 
 test: lint
-	@echo "== the tests, one process a core; about ten minutes, seven once the kernels are compiled"
+	@echo "== the tests, one process a core; about eleven minutes, eight once the kernels are compiled"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q --durations=5
 
 lint: $(READY)
