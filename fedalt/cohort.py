@@ -21,8 +21,12 @@ def drawn(clients: Sequence[str], number: int, config: Config) -> list[str]:
     """
     away = config.federation.away
     here = [client for client in clients if number not in away.get(client, ())]
-    wanted = max(1, round(config.federation.participation * len(clients)))
-    return _drawn(here, min(wanted, len(here)), config.seed, number)
+    return _drawn(here, min(places(len(clients), config), len(here)), config.seed, number)
+
+
+def places(clients: int, config: Config) -> int:
+    """How many of ``clients`` a round draws."""
+    return max(1, round(config.federation.participation * clients))
 
 
 def late(clients: Sequence[str], number: int, config: Config) -> list[str]:

@@ -28,7 +28,7 @@ class Round:
         number: the round, from 1.
         updates: what counts, by client id in a fixed order; read from disk when asked for.
         examples: by client id, the number of its train records.
-        alpha, rank: of every client's adapters, s = alpha / rank;
+        alpha, rank: of every client's adapters, s = alpha / rank.
         ranks: by client id, where the rank is another.
         aggregate, trim: how averages are taken, as in ``FederationConfig``.
         base: what earlier rounds added to the base weights, float32 [N, K] by layer.

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedalt import models, states
 from fedalt.checkpoint import SERVER, Checkpoint, StateFolder, StoredState
-from fedalt.cohort import derive_seed, held_out
+from fedalt.cohort import derive_seed, held_out, places
 from fedalt.config import Config
 from fedalt.data import Client, load_clients
 from fedalt.errors import InputError
@@ -207,11 +207,16 @@ class Stage:
                 f"federation.trim: {settings.trim} of {len(self.known)} clients is nobody; raise "
                 f"it to {math.ceil(1000 / len(self.known)) / 1000} or more"
             )
-        least = settings.min_clients
+        least, drawn = settings.min_clients, places(len(self.known), self.config)
         if self.method.sends and len(self.known) < least:
             raise InputError(
                 f"{self.config.data.path}: {self.method.name} wants {least} clients or more, got "
                 f"{len(self.known)}"
+            )
+        if self.method.sends and not self.method.counts_absent and drawn < least:
+            raise InputError(
+                f"federation.participation: a round draws {drawn} of {len(self.known)} clients, "
+                f"federation.min_clients is {least}; raise the one or lower the other"
             )
 
 

@@ -224,9 +224,12 @@ def test_a_name_that_is_away_must_be_a_clients(tiny_config):
         ("flora", {"aggregate": "median"}, "aggregate: flora does more than average"),
         ("fedalt-svd", {"aggregate": "trimmed", "trim": 0.4}, "aggregate: fedalt-svd does more"),
         ("fedalt", {"aggregate": "trimmed"}, "trim: 0.1 of 3 clients is nobody; raise it to 0.334"),
+        ("fedit", {"participation": 0.3}, "participation: a round draws 1 of 3 clients, .* is 2"),
     ],
 )
-def test_a_robust_average_that_would_do_nothing_is_refused(tiny_config, method, settings, message):
+def test_settings_under_which_nothing_would_ever_be_combined_are_refused(
+    tiny_config, method, settings, message
+):
     federation = replace(tiny_config.federation, **settings)
     with pytest.raises(fedalt.InputError, match=message):
         fedalt.Federation(replace(tiny_config, method=method, federation=federation)).run()
