@@ -78,7 +78,7 @@ def _export(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     out = Path(options.run)
     config = load_config(out / CONFIG)
-    _show(*write_report(out, f"{config.method} on {config.data.path}"))
+    _show(*write_report(out, f"{config.method} on {config.data.name}"))
     if options.tensorboard:
         print(f"TensorBoard events: {write_tensorboard(out)}")
 

@@ -87,7 +87,7 @@ def compare(
     for seed in seeds:
         for client in load_clients(config.data, config.partition, seed):
             client.read()
-    root = Path(config.out or f"runs/{Path(config.data.path).name}-compare")
+    root = Path(config.out or f"runs/{config.data.name}-compare")
     threads = config.threads or max(1, (os.cpu_count() or 1) // jobs)
     todo = [
         Job(
@@ -111,7 +111,7 @@ def compare(
     }
     text = compare_table(runs, seeds)
     summary = {"methods": runs, "seeds": list(seeds), "config": config.to_dict()}
-    title = f"{config.data.path}: {len(methods)} methods, {len(seeds)} seeds"
+    title = f"{config.data.name}: {len(methods)} methods, {len(seeds)} seeds"
     contents = {
         "compare.json": json.dumps(summary, indent=1) + "\n",
         "compare.md": text + "\n",

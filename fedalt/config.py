@@ -8,19 +8,25 @@ from typing import Any
 
 import yaml
 
-from fedalt.errors import InputError
+from fedalt.config_data import DIGITS, SAMPLE, DataConfig, PartitionConfig
+from fedalt.errors import require, require_one_of
 
-SAMPLE, DIGITS = "sample", "digits"
+__all__ = [
+    "BUILTIN_BASE",
+    "BUILTIN_VIT",
+    "DIGITS",
+    "SAMPLE",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "FederationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "TrainConfig",
+]
+
 BUILTIN_BASE, BUILTIN_VIT = "builtin", "builtin-vit"
-
-
-def _require(condition: bool, key: str, wanted: str, got: object) -> None:
-    if not condition:
-        raise InputError(f"{key} must be {wanted}, got {got!r}")
-
-
-def _require_one_of(known: tuple[str, ...], key: str, got: str) -> None:
-    _require(got in known, key, f"one of {', '.join(known)}", got)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class ModelConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _require_one_of(("float32", "bfloat16", "float16"), "model.dtype", self.dtype)
+        require_one_of(("float32", "bfloat16", "float16"), "model.dtype", self.dtype)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class LoraConfig:
     target_modules: tuple[str, ...] = ("all-linear",)
     """Names of linear layers (``q_proj``), as in PEFT; ``all-linear``: all but the output head."""
     impl: str = "auto"
-    """How adapted layers are computed: ``triton`` on a GPU, ``torch``, ``reference``."""
+    """How adapted layers are computed: ``triton``, ``torch``, ``reference``; ``auto`` chooses."""
     modules_to_save: tuple[str, ...] = ()
     """Whole modules trained beside the adapters, as in PEFT: a classifier's new head."""
     client_ranks: dict[str, int] = field(default_factory=dict)
@@ -55,67 +61,13 @@ class LoraConfig:
     """By client, a PEFT adapter's folder that its individual LoRA starts from."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
-        _require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
-        _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
-        _require(len(self.target_modules) > 0, "lora.target_modules", "a list of names", [])
-        _require_one_of(("auto", "triton", "torch", "reference"), "lora.impl", self.impl)
+        require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
+        require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
+        require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
+        require(len(self.target_modules) > 0, "lora.target_modules", "a list of names", [])
+        require_one_of(("auto", "triton", "torch", "reference"), "lora.impl", self.impl)
         for name, rank in self.client_ranks.items():
-            _require(rank >= 0, f"lora.client_ranks.{name}", "at least 0", rank)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the clients' records are and how one becomes tokens."""
-
-    path: str = SAMPLE
-    """Folders, one a client: ``train.jsonl`` and ``test.jsonl``, or images in ``train/CLASS`` and
-    ``test/CLASS``. Of images also one a domain: ``DOMAIN/CLASS``. Or a `datasets` dataset that
-    ``partition`` cuts into clients: files (jsonl, json, csv, parquet, arrow; ``*`` is understood),
-    a folder of such or from ``save_to_disk``, or a hub id, ``owner/name`` or
-    ``owner/name:config``. Or ``sample`` or ``digits``, the federations in the package."""
-    kind: str = "text"
-    """``text``: instructions and answers. ``image``: images and class names."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """In place of ``path``: by client, its own `datasets` dataset, which is not cut."""
-    splits: tuple[str, ...] = ("train",)
-    """Of a `datasets` dataset, the splits that are joined before they are cut."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """By field of a row, its column where that has another name, such as
-    ``-c 'data.columns={output: answer}'``. Fields of texts: ``instruction``, ``output``, ``input``,
-    ``category``, ``options``; of images: ``image`` (also found as ``img``), ``label``
-    (``fine_label``), ``category``; of a suite: its own columns."""
-    format: str = "auto"
-    """How rows of a `datasets` dataset become texts: ``records`` have the fields above;
-    ``hellaswag``, ``boolq``, ``piqa``, ``siqa``, ``winogrande``, ``arc``, ``openbookqa`` are as on
-    the hub; ``auto`` goes by the columns."""
-    test_share: float = 0.2
-    """The share of a client's records that tests, where its data has no test part."""
-    clients: tuple[str, ...] = ()
-    """Only these clients, in this order; empty: all, in the order of their names."""
-    prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
-    prompt_with_input: str = (
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    )
-    max_length: int = 512
-    """Tokens of prompt and answer together; a longer prompt loses its beginning."""
-
-    def __post_init__(self) -> None:
-        _require_one_of(("text", "image"), "data.kind", self.kind)
-        suites = ("hellaswag", "boolq", "piqa", "siqa", "winogrande", "arc", "openbookqa")
-        _require_one_of(("auto", "records", *suites), "data.format", self.format)
-        one = not self.sources or self.path == SAMPLE
-        _require(one, "data.path", "left out where data.sources is given", self.path)
-        _require(0 < self.test_share < 1, "data.test_share", "in (0, 1)", self.test_share)
-        _require(len(self.splits) > 0, "data.splits", "a list of names", [])
-        _require(self.max_length >= 8, "data.max_length", "at least 8", self.max_length)
-        _require("{instruction}" in self.prompt, "data.prompt", "a text with {instruction}", "none")
-        _require(
-            "{instruction}" in self.prompt_with_input and "{input}" in self.prompt_with_input,
-            "data.prompt_with_input",
-            "a text with {instruction} and {input}",
-            self.prompt_with_input,
-        )
+            require(rank >= 0, f"lora.client_ranks.{name}", "at least 0", rank)
 
 
 @dataclass(frozen=True)
@@ -134,54 +86,15 @@ class TrainConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
-        _require(self.epochs >= 1, "train.epochs", "at least 1", self.epochs)
+        require(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
+        require(self.epochs >= 1, "train.epochs", "at least 1", self.epochs)
         steps_ok = self.max_steps is None or self.max_steps >= 1
-        _require(steps_ok, "train.max_steps", "at least 1, or null", self.max_steps)
-        _require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
-        _require(self.weight_decay >= 0, "train.weight_decay", "at least 0", self.weight_decay)
-        _require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
-        _require(self.max_grad_norm > 0, "train.max_grad_norm", "above 0", self.max_grad_norm)
-        _require_one_of(("linear", "cosine", "constant"), "train.lr_scheduler", self.lr_scheduler)
-
-
-@dataclass(frozen=True)
-class PartitionConfig:
-    """How one dataset is cut into clients."""
-
-    by: str = ""
-    """``column``: a client a value. ``dirichlet``: shares of every label drawn from Dir(alpha).
-    ``pathological``: ``classes`` labels a client. ``equal``: at random. Empty: not cut."""
-    column: str = ""
-    """The column of the label, or of the task or domain that makes a client; in a folder of
-    domains ``domain``."""
-    superclasses: dict[str, str] = field(default_factory=dict)
-    """For ``dirichlet``, by label, the superclass that stands in its place; empty: the label
-    itself. A column of superclasses, such as CIFAR-100's ``coarse_label``, needs none."""
-    clients: int = 8
-    """How many; with ``column`` the values decide, but more clients than there are folders of
-    domains share these equally."""
-    alpha: float = 0.3
-    """Of ``dirichlet``: the lower, the fewer clients hold most of a label."""
-    classes: int = 10
-    """Of ``pathological``: labels a client."""
-    min_records: int = 10
-    """A draw that leaves a client fewer records is repeated; with ``column`` it is refused."""
-
-    def __post_init__(self) -> None:
-        known = ("", "column", "dirichlet", "pathological", "equal")
-        _require(self.by in known, "partition.by", f"one of {', '.join(known[1:])}", self.by)
-        wants_column = self.by in ("column", "dirichlet", "pathological")
-        _require(bool(self.column) or not wants_column, "partition.column", "a column's name", "")
-        _require(self.clients >= 1, "partition.clients", "at least 1", self.clients)
-        _require(
-            bool(self.by) or not self.column, "partition.by", "given beside partition.column", ""
-        )
-        only_dirichlet = self.by == "dirichlet" or not self.superclasses
-        _require(only_dirichlet, "partition.by", "dirichlet, to cut by superclasses", self.by)
-        _require(self.alpha > 0, "partition.alpha", "above 0", self.alpha)
-        _require(self.classes >= 1, "partition.classes", "at least 1", self.classes)
-        _require(self.min_records >= 2, "partition.min_records", "at least 2", self.min_records)
+        require(steps_ok, "train.max_steps", "at least 1, or null", self.max_steps)
+        require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
+        require(self.weight_decay >= 0, "train.weight_decay", "at least 0", self.weight_decay)
+        require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
+        require(self.max_grad_norm > 0, "train.max_grad_norm", "above 0", self.max_grad_norm)
+        require_one_of(("linear", "cosine", "constant"), "train.lr_scheduler", self.lr_scheduler)
 
 
 @dataclass(frozen=True)
@@ -214,19 +127,19 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         share = 0 < self.participation <= 1
-        _require(share, "federation.participation", "in (0, 1]", self.participation)
-        _require(self.min_clients >= 2, "federation.min_clients", "at least 2", self.min_clients)
-        _require(self.max_age >= 0, "federation.max_age", "at least 0", self.max_age)
-        _require(0 <= self.stragglers < 1, "federation.stragglers", "in [0, 1)", self.stragglers)
-        _require_one_of(
+        require(share, "federation.participation", "in (0, 1]", self.participation)
+        require(self.min_clients >= 2, "federation.min_clients", "at least 2", self.min_clients)
+        require(self.max_age >= 0, "federation.max_age", "at least 0", self.max_age)
+        require(0 <= self.stragglers < 1, "federation.stragglers", "in [0, 1)", self.stragglers)
+        require_one_of(
             ("mean", "trimmed", "median", "clipped"), "federation.aggregate", self.aggregate
         )
-        _require(0 <= self.trim < 0.5, "federation.trim", "in [0, 0.5)", self.trim)
+        require(0 <= self.trim < 0.5, "federation.trim", "in [0, 0.5)", self.trim)
         ratio_ok = self.max_norm_ratio is None or self.max_norm_ratio > 1
-        _require(ratio_ok, "federation.max_norm_ratio", "above 1, or null", self.max_norm_ratio)
-        _require(0 <= self.holdout < 1, "federation.holdout", "in [0, 1)", self.holdout)
-        _require(self.join_epochs >= 1, "federation.join_epochs", "at least 1", self.join_epochs)
-        _require_one_of(("fresh", "row", "nearest"), "federation.join_start", self.join_start)
+        require(ratio_ok, "federation.max_norm_ratio", "above 1, or null", self.max_norm_ratio)
+        require(0 <= self.holdout < 1, "federation.holdout", "in [0, 1)", self.holdout)
+        require(self.join_epochs >= 1, "federation.join_epochs", "at least 1", self.join_epochs)
+        require_one_of(("fresh", "row", "nearest"), "federation.join_start", self.join_start)
 
 
 @dataclass(frozen=True)
@@ -244,7 +157,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "max_new_tokens", "num_beams"):
             value = getattr(self, name)
-            _require(value >= 1, f"evaluate.{name}", "at least 1", value)
+            require(value >= 1, f"evaluate.{name}", "at least 1", value)
 
 
 @dataclass(frozen=True)
@@ -269,13 +182,14 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
-        _require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
-        _require(
-            self.save_total_limit >= 1, "save_total_limit", "at least 1", self.save_total_limit
-        )
+        require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
+        require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
+        require(self.save_total_limit >= 1, "save_total_limit", "at least 1", self.save_total_limit)
+        other = {"text": BUILTIN_VIT, "image": BUILTIN_BASE}[self.data.kind]
+        fits = self.model.path != other
+        require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)
         threads_ok = self.threads is None or self.threads >= 1
-        _require(threads_ok, "threads", "at least 1, or null", self.threads)
+        require(threads_ok, "threads", "at least 1, or null", self.threads)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain nested dicts and lists, every key present."""

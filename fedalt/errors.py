@@ -13,3 +13,14 @@ class RunFailed(RuntimeError):
 
     The command line prints the message on standard error and exits with status 1.
     """
+
+
+def require(condition: bool, key: str, wanted: str, got: object) -> None:
+    """Raises InputError, which tells what the setting ``key`` must be, unless it holds."""
+    if not condition:
+        raise InputError(f"{key} must be {wanted}, got {got!r}")
+
+
+def require_one_of(known: tuple[str, ...], key: str, got: str) -> None:
+    """Raises InputError unless the setting ``key`` is a known one."""
+    require(got in known, key, f"one of {', '.join(known)}", got)

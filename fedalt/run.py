@@ -119,7 +119,7 @@ class Federation:
         results = report.read_results(out)
         write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
         with writing(out / "report"):
-            table, page = report.write_report(out, f"{stage.method.name} on {config.data.path}")
+            table, page = report.write_report(out, f"{stage.method.name} on {config.data.name}")
         return Result(out, results, table, page)
 
 
@@ -211,18 +211,19 @@ def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> st
     whole = replace(config, federation=replace(config.federation, holdout=0.0))
     stage = Stage(whole, clients, saved.record["classes"])
     stage.go_on_from(saved)
-    rows, names = [], list[str]()
+    scored: dict[str, dict[str, float]] = {}
     for member in stage.known:
         try:
             state = client_state(Path(run_dir), saved, member.id)
         except InputError as error:
             raise InputError(f"{where.path}: {error}") from None
         states.load_adapter_state(stage.model, state)
-        scores = score(stage, member)
-        names = list(scores)
-        rows.append(
-            [member.id, *(tables.number(scores[name], tables.digits_of(name)) for name in scores)]
-        )
+        scored[member.id] = score(stage, member)
+    names = list(dict.fromkeys(name for scores in scored.values() for name in scores))
+    rows = [
+        [client, *(tables.number(scores.get(n), tables.digits_of(n)) for n in names)]
+        for client, scores in scored.items()
+    ]
     return tables.table(("client", *names), rows)
 
 

@@ -54,7 +54,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: Pat
 
 def free_run_dir(config: Config) -> Path:
     """``runs/<data>-<method>``, numbered where that name is taken."""
-    first = name = Path("runs") / f"{Path(config.data.path).name}-{config.method}"
+    first = name = Path("runs") / f"{config.data.name}-{config.method}"
     number = 1
     while name.exists():
         number += 1

@@ -210,7 +210,7 @@ class Stage:
         least, drawn = settings.min_clients, places(len(self.known), self.config)
         if self.method.sends and len(self.known) < least:
             raise InputError(
-                f"{self.config.data.path}: {self.method.name} wants {least} clients or more, got "
+                f"{self.config.data.name}: {self.method.name} wants {least} clients or more, got "
                 f"{len(self.known)}"
             )
         if self.method.sends and not self.method.counts_absent and drawn < least:

@@ -144,7 +144,8 @@ def client_sheet(group: Mapping[str, Any], metric: str) -> Sheet:
     foot = [["mean"], ["worst"], ["spread"]]
     for column in columns:
         values = [v for v in map(column.value, clients.values()) if v is not None]
-        worst = max(values) if column.name == "loss" else min(values)
+        broken = any(map(math.isnan, values))  # max and min go by the order then
+        worst = math.nan if broken else (max if column.name == "loss" else min)(values)
         sums = [statistics.fmean(values), worst, spread_of(values)]
         for line, value in zip(foot, sums, strict=True):
             shown = column.spreads and not (line[0] == "worst" and column.name == "gate")

@@ -11,10 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fedalt.config import BUILTIN_VIT
 from fedalt.errors import InputError
 
-BUILTIN_VIT = "builtin-vit"
-"""The tiny vision transformer in the package, trained on the public digits."""
 HEAD_SEED = 0
 
 

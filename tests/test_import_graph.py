@@ -130,7 +130,8 @@ def test_commands_are_imported_only_from_above() -> None:
 
 
 def test_config_stands_at_the_bottom() -> None:
-    assert GRAPH["fedalt.config"] <= {"fedalt.errors"}
+    assert GRAPH["fedalt.config"] <= {"fedalt.config_data", "fedalt.errors"}
+    assert GRAPH["fedalt.config_data"] <= {"fedalt.errors"}
 
 
 def test_no_cycles() -> None:

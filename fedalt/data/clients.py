@@ -39,19 +39,22 @@ def load_clients(data: DataConfig, partition: PartitionConfig, seed: int) -> lis
 def _all_clients(data: DataConfig, partition: PartitionConfig, seed: int) -> Sequence[Client]:
     path = Path(data.path)
     if data.sources:
+        _refuse_cut(data, partition)
         return table.source_clients(data, seed)
     if data.path in (SAMPLE, DIGITS):
-        _refuse_partition(partition, data.path)
+        _refuse_cut(data, partition)
         return _built_in(data, seed)
     if data.kind == "image" and path.is_dir():
         if folders.holds_image_clients(path):
-            _refuse_partition(partition, data.path)
+            _refuse_cut(data, partition)
             return folders.image_clients(path)
-        domains = partition.by == "" or partition.column == folders.DOMAIN
+        cut = (partition.by, partition.column)
+        domains = not partition.by or cut == ("column", folders.DOMAIN)
         if domains and not holds_table(path):
+            _refuse_columns(data)
             return folders.domain_folder_clients(path, data, partition, seed)
     elif path.is_dir() and (folders.holds_text_clients(path) or not holds_table(path)):
-        _refuse_partition(partition, data.path)
+        _refuse_cut(data, partition)
         return folders.text_clients(path)
     if not is_source(data.path):
         raise InputError(
@@ -83,11 +86,21 @@ def _records(rows: Sequence[dict[str, str]], where: str) -> tuple[Record, ...]:
     return tuple(folders.text_record(row, where) for row in rows)
 
 
-def _refuse_partition(partition: PartitionConfig, path: str) -> None:
+def _refuse_cut(data: DataConfig, partition: PartitionConfig) -> None:
+    """Of data that has its clients already; only a source's rows have columns to rename."""
     if partition.by:
         raise InputError(
-            f"partition.by: {path} has its clients already and is not cut; "
+            f"partition.by: {data.name} has its clients already and is not cut; "
             "leave partition out, or -c partition={}"
+        )
+    if not data.sources:
+        _refuse_columns(data)
+
+
+def _refuse_columns(data: DataConfig) -> None:
+    if data.columns:
+        raise InputError(
+            f"data.columns: {data.name} has no columns but fields of fixed names; leave it out"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.config import DataConfig, PartitionConfig
-from fedalt.data.images import ImageRecord, domain_clients, read_image_folder
+from fedalt.data.images import ImageRecord, domain_clients, read_image_folder, subfolders
 from fedalt.data.records import Client, Parts, Record
 from fedalt.errors import InputError
 
@@ -21,7 +21,9 @@ DOMAIN = "domain"
 
 def holds_text_clients(root: Path) -> bool:
     """Whether a folder in ``root`` holds a ``train.jsonl`` or ``test.jsonl``."""
-    return any((folder / f"{part}.jsonl").is_file() for folder in _inner(root) for part in PARTS)
+    return any(
+        (folder / f"{part}.jsonl").is_file() for folder in subfolders(root) for part in PARTS
+    )
 
 
 def holds_image_clients(root: Path) -> bool:
@@ -29,8 +31,8 @@ def holds_image_clients(root: Path) -> bool:
 
     A class may be called ``train``, as one of DomainNet is; its folder holds files.
     """
-    parts = [folder / part for folder in _inner(root) for part in PARTS]
-    return any(part.is_dir() and _inner(part) for part in parts)
+    parts = [folder / part for folder in subfolders(root) for part in PARTS]
+    return any(part.is_dir() and subfolders(part) for part in parts)
 
 
 def text_clients(root: Path) -> list[Client]:
@@ -62,8 +64,8 @@ def domain_folder_clients(
     Raises:
         InputError: no image, or domains that cannot be dealt to so many clients.
     """
-    domains = len(_inner(root))
-    share = 1
+    _refuse_twins({path.name: path for path in subfolders(root)})
+    domains, share = len(subfolders(root)), 1
     if partition.by and partition.clients > domains > 0:
         share, left = divmod(partition.clients, domains)
         if left:
@@ -73,11 +75,15 @@ def domain_folder_clients(
             )
     clients = []
     for name, train, test in domain_clients(root, share, data.test_share, seed):
-        domain = train[0].category
+        domain, size = train[0].category, len(train) + len(test)
+        if partition.by and size < partition.min_records:
+            raise InputError(
+                f"{root / domain}: {size} images a client, fewer than partition.min_records "
+                f"({partition.min_records}); lower that or partition.clients"
+            )
         files = [tuple(str(record.image) for record in part) for part in (train, test)]
         client_id = domain if share == 1 else name
         clients.append(Client(client_id, partial(_read_files, domain, *files)))
-    _refuse_twins({client.id: root / client.id for client in clients})
     return clients
 
 
@@ -163,7 +169,7 @@ def _options(value: Any, output: str, where: str, called: str) -> tuple[str, ...
 
 
 def _folder_clients(root: Path, none_found: str, read: Callable[[Path], Parts]) -> list[Client]:
-    folders = {path.name: path for path in _inner(root)}
+    folders = {path.name: path for path in subfolders(root)}
     if not folders:
         raise InputError(f"{root}: {none_found}; data wants one folder a client")
     _refuse_twins(folders)
@@ -191,13 +197,6 @@ def _read_files(domain: str, train: tuple[str, ...], test: tuple[str, ...]) -> P
         for part in (train, test)
     ]
     return Parts(*parts)
-
-
-def _inner(root: Path) -> list[Path]:
-    """The folders in a folder, by name; hidden ones are passed over."""
-    return sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))
-    )
 
 
 def _refuse_twins(folders: Mapping[str, Path]) -> None:

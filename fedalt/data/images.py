@@ -94,13 +94,13 @@ def read_image_folder(root: str | Path) -> tuple[list[ImageRecord], list[ImageRe
 
 
 def domain_clients(
-    root: str | Path, clients_per_domain: int = 15, test_share: float = 0.2, seed: int = 0
+    root: str | Path, clients_per_domain: int, test_share: float, seed: int
 ) -> list[tuple[str, list[ImageRecord], list[ImageRecord]]]:
     """Clients out of ``root/DOMAIN/CLASS/*``, DomainNet's layout: each domain is dealt out.
 
     Args:
         root: one folder a domain.
-        clients_per_domain: equal cuts, up to one image, of every domain at random.
+        clients_per_domain: 1 or more equal cuts, up to one image, of every domain at random.
         test_share: of every client's images, in (0, 1); at least one is tested, one trained on.
         seed: of the deal; a domain's deal does not depend on which other domains are there.
 
@@ -109,25 +109,19 @@ def domain_clients(
         category is the domain.
 
     Raises:
-        InputError: no folder, no image, or a domain too small for so many clients.
+        InputError: no image, or a domain too small for so many clients.
     """
     root = Path(root)
-    if clients_per_domain < 1:
-        raise InputError(f"clients_per_domain must be at least 1, got {clients_per_domain}")
-    if not 0 < test_share < 1:
-        raise InputError(f"test_share must be in (0, 1), got {test_share}")
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; wants one folder a domain, DOMAIN/CLASS/*.jpg")
     digits = max(2, len(str(clients_per_domain - 1)))
     clients = []
-    for folder in _subfolders(root):
+    for folder in subfolders(root):
         records = list(_class_folders(folder, category=folder.name))
         if not records:
             raise InputError(f"{folder}: no image; wants CLASS/*.jpg, png, jpeg, webp or bmp")
         if len(records) < 2 * clients_per_domain:
             raise InputError(
                 f"{folder}: {len(records)} images for {clients_per_domain} clients of two or more "
-                "each; lower clients_per_domain"
+                "each; lower partition.clients"
             )
         random.Random(f"{folder.name} {seed}").shuffle(records)
         for number in range(clients_per_domain):
@@ -204,13 +198,13 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _class_folders(folder: Path, category: str) -> Iterator[ImageRecord]:
-    for class_folder in _subfolders(folder):
+    for class_folder in subfolders(folder):
         for path in sorted(class_folder.iterdir()):
             if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
                 yield ImageRecord(path, class_folder.name, category)
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """Folders by name; hidden ones and those of other programs (``__MACOSX``) are passed over."""
     return sorted(
         path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))

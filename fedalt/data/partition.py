@@ -116,7 +116,7 @@ def _by_value(labels: Sequence[str], partition: PartitionConfig) -> dict[str, In
         if len(clients[name]) < partition.min_records:
             raise InputError(
                 f"{where}: {value!r} has fewer records ({len(clients[name])}) than "
-                f"partition.min_records ({partition.min_records}); lower that, or leave it out"
+                f"partition.min_records ({partition.min_records}); lower that, or remove its rows"
             )
     return dict(sorted(clients.items()))
 
@@ -128,7 +128,9 @@ def _superclassed(labels: Sequence[str], partition: PartitionConfig) -> NDArray[
         return codes
     for name in map(str, names):
         if name not in partition.superclasses:
-            raise InputError(f"partition.superclasses: no superclass for the label {name!r}")
+            raise InputError(
+                f"partition.superclasses: no entry for the label {name!r}; add it there"
+            )
     above = [partition.superclasses[str(name)] for name in names]
     return np.unique(np.asarray(above), return_inverse=True)[1][codes]
 
@@ -143,9 +145,10 @@ def _draw_enough(
         counts = draw(rng, sizes, partition)
         if counts.sum(axis=0).min() >= partition.min_records:
             return counts
+    cure = "raise partition.alpha" if partition.by == "dirichlet" else "raise partition.classes"
     raise InputError(
         f"partition: none of {TRIES} draws gave each of {partition.clients} clients "
-        f"{partition.min_records} records; raise partition.alpha, or lower partition.clients "
+        f"{partition.min_records} records; {cure}, or lower partition.clients "
         "or partition.min_records"
     )
 

@@ -87,7 +87,7 @@ def open_dataset(source: str, splits: Sequence[str]) -> Any:
             else:
                 loaded = datasets.load_dataset(base, source[len(base) + 1 :] or None)
         if not isinstance(loaded, dict):
-            return loaded
+            loaded = {"train": loaded}
         for split in splits:
             if split not in loaded:
                 raise InputError(f"{source}: no split {split!r}; known: {', '.join(loaded)}")

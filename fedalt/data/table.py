@@ -97,9 +97,9 @@ class Table:
             return text_record(row, where, self.columns)
         if self.format != IMAGES:
             return suite_record(self.format, row, where)
-        for field in NEEDED[IMAGES]:
-            if row[field] is None or row[field] == "":
-                raise InputError(f"{where}: column '{self.columns[field]}' is empty")
+        if row["image"] is None:
+            column = self.columns["image"]
+            raise InputError(f"{where}: column '{column}' is empty; remove the row")
         category = row.get("category")
         return ImageRecord(
             row["image"], str(row["label"]), "" if category is None else str(category)

@@ -70,7 +70,8 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> lis
         tokenizer(answers, add_special_tokens=False)["input_ids"],
         strict=True,
     ):
-        kept = answer[: config.max_length // 2 - 1]
+        free = config.max_length - len(bos) - len(prompt)
+        kept = answer[: max(free, config.max_length // 2) - 1]
         room = config.max_length - len(bos) - len(kept) - 1
         ids = (*kept, tokenizer.eos_token_id)
         examples.append(Example(prompt=(*bos, *prompt[-room:]), answer=ids))

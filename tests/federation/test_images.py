@@ -12,11 +12,12 @@ from PIL import Image
 from torch import nn
 from transformers import ViTImageProcessorPil
 
+from fedalt.config import BUILTIN_VIT
 from fedalt.data import digits
 from fedalt.data.digits import DOMAINS, client_digits, digits_clients, public_digits, seen_by
 from fedalt.data.images import ImageRecord, domain_clients, pixels, read_image_folder
 from fedalt.errors import InputError
-from fedalt.vision import BUILTIN_VIT, load_image_base
+from fedalt.vision import load_image_base
 
 Base = tuple[nn.Module, object]
 DIGIT_NAMES = [str(digit) for digit in range(10)]
