@@ -4,7 +4,7 @@
 [--bad CLIENT=nan|inf|huge|name|shape|dtype ...]`` makes one uncut run and one killed run of the
 same config; clients named by ``--bad`` spoil all that they hand in. It prints where each kill
 struck and what was refused, and ends with status 1 if adapters, mixers, metrics or results differ
-in one byte.
+in one byte, or if a kill came too late to strike.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command += ["--data", options.data] if options.data else []
     command += [word for setting in options.settings for word in ("-c", setting)]
     uncut, killed = options.out / "uncut", options.out / "killed"
+    if options.out.is_dir() and any(options.out.iterdir()):
+        parser.error(f"--out {options.out}: not empty; name another")
     started = time.monotonic()
     _finish([*command, "--out", str(uncut)])
     print(f"uncut: {time.monotonic() - started:.0f} s", flush=True)
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left, right = _record(uncut), _record(killed)
     differing = [name for name in left.keys() | right.keys() if left.get(name) != right.get(name)]
     print(f"{kills} kills, {len(left)} files, {len(differing)} differ {sorted(differing)}")
-    return 1 if differing else 0
+    return int(bool(differing) or kills < options.kills)
 
 
 def child(arguments: Sequence[str]) -> int:
@@ -103,7 +105,7 @@ def child(arguments: Sequence[str]) -> int:
 
 
 def _finish(command: Sequence[str]) -> None:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def _kill(command: Sequence[str], run: Path, number: int, wait: float) -> bool:

@@ -23,7 +23,7 @@ from fedalt.checkpoint import list_checkpoints, load_checkpoint
 from fedalt.client import train_client
 from fedalt.cohort import derive_seed
 from fedalt.config import Config
-from fedalt.errors import InputError
+from fedalt.errors import InputError, RunFailed
 from fedalt.journal import Progress
 from fedalt.settings import load_config
 from fedalt.stage import Stage
@@ -111,6 +111,9 @@ def main(data: str, settings: Sequence[str], repeats: int) -> int:
     except InputError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
     rows = []
     for number, (loop, alone) in enumerate(pairs, 1):
         seconds = (loop.wall, alone.wall, loop.cpu, alone.cpu)

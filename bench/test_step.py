@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedalt import inject
-from fedalt.config import DataConfig, ModelConfig, TrainConfig
+from fedalt.config import DataConfig, ModelConfig, PartitionConfig, TrainConfig
 from fedalt.data import load_clients
 from fedalt.data.tokens import Batch, collate, encode
 from fedalt.loss import answer_loss
@@ -88,8 +88,8 @@ def test_local_step(
 ) -> None:
     config = TrainConfig()
     _, tokenizer = load_base(ModelConfig())
-    client = load_clients(DataConfig(), seed=0)[0]
-    examples = encode(client.train[: config.batch_size], tokenizer, DataConfig())
+    client = load_clients(DataConfig(), PartitionConfig(), seed=0)[0]
+    examples = encode(client.read().train[: config.batch_size], tokenizer, DataConfig())
     batch = collate(examples, tokenizer.pad_token_id, torch.device("cpu"))
 
     models = {name: build(dropout) for name, build in CANDIDATES.items()}

@@ -18,10 +18,10 @@ from fedalt.checkpoint import write_atomic
 from fedalt.config import Config
 from fedalt.data import load_clients
 from fedalt.errors import InputError, RunFailed
-from fedalt.methods import get_method
 from fedalt.page import Line, section
 from fedalt.report import read_results, read_times
 from fedalt.rundir import RESULTS, claim_run_dir
+from fedalt.stage import check
 from fedalt.tables import (
     LOCAL,
     Results,
@@ -79,13 +79,14 @@ def compare(
     """
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {jobs}")
-    for name in methods:
-        get_method(name)
     for items, what in ((methods, "--methods"), (seeds, "--seeds")):
         if len(set(items)) < len(items):
             raise InputError(f"{what}: names one twice; name it once")
     for seed in seeds:
-        for client in load_clients(config.data, config.partition, seed):
+        clients = load_clients(config.data, config.partition, seed)
+        for name in methods:
+            check(replace(config, method=name, seed=seed), [client.id for client in clients])
+        for client in clients:
             client.read()
     root = Path(config.out or f"runs/{config.data.name}-compare")
     threads = config.threads or max(1, (os.cpu_count() or 1) // jobs)

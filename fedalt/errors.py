@@ -15,6 +15,11 @@ class RunFailed(RuntimeError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says in its first line, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def require(condition: bool, key: str, wanted: str, got: object) -> None:
     """Raises InputError, which tells what the setting ``key`` must be, unless it holds."""
     if not condition:

@@ -36,9 +36,10 @@ _SCALAR = "scalar"  # a layer's word for a mixer that is two logits, whatever th
 def export_client(run_dir: str | Path, client_id: str, to: str | Path) -> Path:
     """Write a client of a run, from its newest checkpoint, into a folder of its own.
 
-    ``individual/`` and, where the method has one, ``rest_of_world/`` are PEFT adapters;
-    ``mixer.safetensors`` has the gates of every layer, [2, K], and ``mixer.json`` says how they
-    join the two; ``README.md`` says how to load either. The tokenizer is the base's own.
+    ``individual/`` and, where the method has one, ``rest_of_world/`` are PEFT adapters.
+    ``mixer.json`` says how they are joined; learned mixers of all layers, [2, K] or, where one
+    serves all tokens, [2], are in ``mixer.safetensors``. ``README.md`` says how to load either. The
+    tokenizer is the base's own.
 
     Args:
         run_dir: a finished or running run.
@@ -185,7 +186,7 @@ model = PeftModel.from_pretrained(base, "individual")
 
 
 _README_MIXED = """
-FedALT mixes both, token by token, as `mixer.json` says, with the gates in `mixer.safetensors`:
+FedALT mixes both as `mixer.json` says; learned gates are in `mixer.safetensors`:
 
 ```python
 from fedalt.export import load_export

@@ -38,7 +38,8 @@ def welcome(stage: Stage, saved: Checkpoint, member: Member) -> State:
     """A newcomer's first state: what the server gives it, and where its individual LoRA starts.
 
     With ``join_start: row`` both adapters are the mean of all clients' at first, so whatever the
-    untrained mixer says, the newcomer begins as that mean.
+    untrained mixer says, the newcomer begins as that mean; with the doubled gates of
+    ``fedalt-relay``, as twice it.
     """
     state = stage.first_state(member.id)
     if saved.has(SERVER, NEWCOMER):
@@ -120,6 +121,7 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
         path=str(folder.parent if alone else folder),
         clients=(folder.name,) if alone else (),
         sources={},
+        columns={},
     )
     if epochs is None:
         epochs = config.federation.join_epochs

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedalt.config import BUILTIN_BASE, ModelConfig
-from fedalt.errors import InputError
+from fedalt.errors import InputError, first_line
 from fedalt_kernels import MixedLoRALinear
 
 ALL_LINEAR = "all-linear"
@@ -37,13 +37,13 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     try:
         device = torch.empty(0, device=config.device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"model.device: {config.device!r} cannot be used: {reason}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

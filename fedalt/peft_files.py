@@ -48,34 +48,6 @@ _ALLOWED = {
 }
 
 
-def write_peft_adapter(
-    folder: str | Path,
-    state: Mapping[str, Tensor],
-    part: str,
-    *,
-    base: str,
-    scaling: float,
-    dropout: float = 0.0,
-    fan_in_fan_out: bool = False,
-    task_type: str | None = None,
-) -> Path:
-    """Write one part of a client as a PEFT adapter, whole or not at all; see ``peft_files``.
-
-    Raises:
-        InputError: the folder is taken or cannot be written, or the state has no such part.
-    """
-    files = peft_files(
-        state,
-        part,
-        base=base,
-        scaling=scaling,
-        dropout=dropout,
-        fan_in_fan_out=fan_in_fan_out,
-        task_type=task_type,
-    )
-    return write_folder(folder, files)
-
-
 def peft_files(
     state: Mapping[str, Tensor],
     part: str,
@@ -143,7 +115,7 @@ def read_peft_adapter(folder: str | Path, like: Mapping[str, Tensor], scaling: f
     """A PEFT LoRA as individual adapters, with B such that ``scaling`` B A is what PEFT adds.
 
     Args:
-        folder: an adapter's folder, written by PEFT or by ``write_peft_adapter``.
+        folder: an adapter's folder, written by PEFT or from ``peft_files``.
         like: a state of the model it is meant for, which says the adapted layers, their N and K,
             the dtype, and what else may come along, such as a trained head. Ranks may differ.
         scaling: what the model multiplies B A by.

@@ -59,7 +59,7 @@ def read_results(run_dir: Path) -> dict[str, Any]:
 
 
 def summarise(events: Iterable[Event]) -> dict[str, Any]:
-    """``results.json``: scores in percent, losses in nats a token, traffic in bytes.
+    """``results.json``: scores in percent, losses in nats (a token, or an image), traffic in bytes.
 
     Returns:
         ``metric``, the main one; ``round``, the last evaluated; ``clients`` by id, each with

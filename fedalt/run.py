@@ -202,7 +202,10 @@ def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> st
     config, saved = load_run(run_dir)
     where, partition = config.data, config.partition
     if data:
-        where, partition = replace(where, path=data, clients=(), sources={}), PartitionConfig()
+        where, partition = (
+            replace(where, path=data, clients=(), sources={}, columns={}),
+            PartitionConfig(),
+        )
     clients = load_clients(where, partition, config.seed)
     if client_id:
         clients = [client for client in clients if client.id == client_id]

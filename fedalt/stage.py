@@ -65,6 +65,11 @@ class Stage:
     ) -> None:
         """Read every client through, then load the model.
 
+        Args:
+            config: of the run.
+            clients: all of them.
+            classes: of images, those that the model was trained on; empty: the clients' own.
+
         Raises:
             InputError: bad data, method, model or target. Nothing has been written.
         """
@@ -73,7 +78,7 @@ class Stage:
         for client in clients:
             parts = client.read()
             members.append(Member(client, len(parts.train), parts.fingerprint()))
-            if config.data.kind == "image":
+            if config.data.kind == "image" and not classes:
                 labels |= {record.label for record in (*parts.train, *parts.test)}
         self.classes = sorted(labels)
         unseen = held_out([member.id for member in members], config)
@@ -179,45 +184,53 @@ class Stage:
         parts = self.sends(client)
         return state.only(lambda name: any(states.is_part(name, part) for part in parts))
 
-    def check(self) -> None:
-        """Refuses settings that do not fit the clients or the method, with ``InputError``."""
-        lora, known = self.config.lora, [member.id for member in (*self.known, *self.unseen)]
-        for key, names in (
-            ("lora.client_ranks", lora.client_ranks),
-            ("lora.client_starts", lora.client_starts),
-            ("federation.away", self.config.federation.away),
-        ):
-            for name in names:
-                if name not in known:
-                    raise InputError(f"{key}: no client {name!r}; known: {', '.join(known)}")
-        for name, rank in lora.client_ranks.items():
-            if rank not in (0, lora.rank) and not self.method.mixes_ranks:
-                raise InputError(
-                    f"lora.client_ranks.{name}: {self.method.name} wants one rank for all (or 0: "
-                    "trains no adapter); flexlora, flora and local take others"
-                )
-        settings = self.config.federation
-        if settings.aggregate in ("trimmed", "median") and not self.method.averages:
+
+def check(config: Config, clients: Sequence[str]) -> None:
+    """Refuses settings that do not fit the clients or the method.
+
+    Args:
+        config: of the run.
+        clients: the ids of all its clients, those that will be held out among them.
+
+    Raises:
+        InputError: a setting names a client that is not there, or does not go with the others.
+    """
+    method, lora, settings = get_method(config.method), config.lora, config.federation
+    known = len(clients) - len(held_out(clients, config))
+    for key, names in (
+        ("lora.client_ranks", lora.client_ranks),
+        ("lora.client_starts", lora.client_starts),
+        ("federation.away", settings.away),
+    ):
+        for name in names:
+            if name not in clients:
+                raise InputError(f"{key}: no client {name!r}; known: {', '.join(clients)}")
+    for name, rank in lora.client_ranks.items():
+        if rank not in (0, lora.rank) and not method.mixes_ranks:
             raise InputError(
-                f"federation.aggregate: {self.method.name} does more than average, which "
-                f"{settings.aggregate!r} cannot make robust; use mean or clipped"
+                f"lora.client_ranks.{name}: {method.name} wants one rank for all (or 0: "
+                "trains no adapter); flexlora, flora and local take others"
             )
-        if settings.aggregate == "trimmed" and settings.trim * len(self.known) < 1:
-            raise InputError(
-                f"federation.trim: {settings.trim} of {len(self.known)} clients is nobody; raise "
-                f"it to {math.ceil(1000 / len(self.known)) / 1000} or more"
-            )
-        least, drawn = settings.min_clients, places(len(self.known), self.config)
-        if self.method.sends and len(self.known) < least:
-            raise InputError(
-                f"{self.config.data.name}: {self.method.name} wants {least} clients or more, got "
-                f"{len(self.known)}"
-            )
-        if self.method.sends and not self.method.counts_absent and drawn < least:
-            raise InputError(
-                f"federation.participation: a round draws {drawn} of {len(self.known)} clients, "
-                f"federation.min_clients is {least}; raise the one or lower the other"
-            )
+    if settings.aggregate in ("trimmed", "median") and not method.averages:
+        raise InputError(
+            f"federation.aggregate: {method.name} does more than average, which "
+            f"{settings.aggregate!r} cannot make robust; use mean or clipped"
+        )
+    if settings.aggregate == "trimmed" and settings.trim * known < 1:
+        raise InputError(
+            f"federation.trim: {settings.trim} of {known} clients is nobody; raise "
+            f"it to {math.ceil(1000 / known) / 1000} or more"
+        )
+    least, drawn = settings.min_clients, places(known, config)
+    if method.sends and known < least:
+        raise InputError(
+            f"{config.data.name}: {method.name} wants {least} clients or more, got {known}"
+        )
+    if method.sends and not method.counts_absent and drawn < least:
+        raise InputError(
+            f"federation.participation: a round draws {drawn} of {known} clients, "
+            f"federation.min_clients is {least}; raise the one or lower the other"
+        )
 
 
 def set_stage(config: Config) -> Stage:
@@ -226,9 +239,9 @@ def set_stage(config: Config) -> Stage:
     Raises:
         InputError: bad data, method, model, target or client name. Nothing has been written.
     """
-    stage = Stage(config, load_clients(config.data, config.partition, config.seed))
-    stage.check()
-    return stage
+    clients = load_clients(config.data, config.partition, config.seed)
+    check(config, [client.id for client in clients])
+    return Stage(config, clients)
 
 
 def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]:

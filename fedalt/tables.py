@@ -14,6 +14,13 @@ from typing import Any
 WIDTH = 120
 """Characters of a terminal; a wider table goes on below itself."""
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+SECOND = {
+    "exact": "exact_match",
+    "accuracy": "accuracy",
+    "choice": "choice",
+    "choice norm": "choice_norm",
+}
+"""Scores beside the main one that a comparison shows where there are any, by title."""
 UNSEEN_TITLE = "unseen clients (rounds are epochs of their fit)"
 
 LOCAL = "local"
@@ -144,7 +151,7 @@ def client_sheet(group: Mapping[str, Any], metric: str) -> Sheet:
     foot = [["mean"], ["worst"], ["spread"]]
     for column in columns:
         values = [v for v in map(column.value, clients.values()) if v is not None]
-        broken = any(map(math.isnan, values))  # max and min go by the order then
+        broken = any(map(math.isnan, values))  # max and min would go by the order
         worst = math.nan if broken else (max if column.name == "loss" else min)(values)
         sums = [statistics.fmean(values), worst, spread_of(values)]
         for line, value in zip(foot, sums, strict=True):
@@ -204,7 +211,11 @@ def measures(runs: Mapping[str, Sequence[Results]]) -> list[Column]:
     found = [
         Column(f"{label(main)} last", "last", score("last", main), digits_of(main)),
         Column("best", "best", score("best", main), digits_of(main), spreads=False),
-        Column("exact", "exact_match", score("last", "exact_match"), 1, spreads=False),
+        *(
+            Column(title, name, score("last", name), 1, spreads=False)
+            for title, name in SECOND.items()
+            if name != main
+        ),
         Column("loss", "loss", score("last", "loss"), 3),
         Column("worst", "worst", worst, digits_of(main)),
         Column("spread", "spread", lambda run: run["spread"], digits_of(main), spreads=False),

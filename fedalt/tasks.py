@@ -75,7 +75,8 @@ class ImageTask:
             if record.label not in self._classes:
                 known = ", ".join(self._classes)
                 raise InputError(
-                    f"{record.name()}: the model has no class {record.label!r}: {known}"
+                    f"{record.name()}: the model has no class {record.label!r}; remove its images, "
+                    f"known: {known}"
                 )
         return [ImageExample(record, self._classes[record.label]) for record in records]
 

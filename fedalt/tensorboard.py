@@ -18,7 +18,7 @@ Scalar = tuple[str, float, int]
 def write_tensorboard(run_dir: Path) -> Path:
     """Write ``report/tensorboard`` afresh: ``mean``, ``client-ID`` and ``unseen-ID``.
 
-    Scores are percent, losses nats a token, traffic bytes a round.
+    Scores are percent, losses nats (a token, or an image), traffic bytes a round.
 
     Returns:
         The folder for ``tensorboard --logdir``.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedalt.config import BUILTIN_VIT
-from fedalt.errors import InputError
+from fedalt.errors import InputError, first_line
 
 HEAD_SEED = 0
 
@@ -46,8 +46,7 @@ def load_image_base(
     try:
         target = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"model.device: {device!r} cannot be used: {reason}") from None
+        raise InputError(f"model.device: {device!r} cannot be used: {first_line(error)}") from None
     try:
         # Pillow's backend, so that pixels do not depend on whether torchvision is installed.
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -67,7 +66,7 @@ def load_image_base(
             )
             untrained = _start_head(model) - set(trained) if new_head else set()
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"model.path: cannot load {path!r}: {reason}") from None
     if untrained:
         cure = f"train a new one with lora.modules_to_save=[{', '.join(sorted(untrained))}]"

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fedalt.errors import InputError
+from fedalt.errors import InputError, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -174,8 +174,9 @@ def _reading(record: ImageRecord) -> Iterator[None]:
     except UnidentifiedImageError:
         raise InputError(f"{record.name()}: not an image; replace or remove the file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{record.name()}: broken image: {reason}; replace it") from None
+        raise InputError(
+            f"{record.name()}: broken image: {first_line(error)}; replace it"
+        ) from None
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:

@@ -19,7 +19,7 @@ from fedalt.errors import InputError
 Indices = NDArray[np.int64]
 TRIES = 1000
 """Draws until every client has enough records; a draw of counts costs less than a millisecond."""
-LONGEST_ID = 100
+LONGEST_ID = 60  # bytes; a file's name has 255 on most disks, and ids get endings and prefixes
 
 
 def cut(
@@ -60,9 +60,9 @@ def cut(
 
 
 def client_id(value: str) -> str:
-    """``value`` made fit to be a file's name: letters, digits, ``.``, ``_`` and ``-``."""
+    """``value`` made fit to be a file's name: letters, digits, ``.``, ``_``, ``-``, cut short."""
     words = re.sub(r"[^\w.]+", "-", unicodedata.normalize("NFC", value))
-    return words.strip("-._")[:LONGEST_ID]
+    return words.strip("-._").encode()[:LONGEST_ID].decode(errors="ignore")
 
 
 def split_test(

@@ -55,7 +55,3 @@ class Client:
 
     id: str
     read: Callable[[], Parts]
-
-    def fingerprint(self) -> str:
-        """That of its records."""
-        return self.read().fingerprint()

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from bench import roofline, tune
+from bench import overhead, roofline, tune
 from bench.__main__ import main
 from bench.cases import Case, Q, in_order, schedules
+from fedalt.config import Config
 from fedalt_kernels import fused
 from fedalt_kernels.triton import decode, reduce, tiles
 
@@ -117,6 +118,12 @@ def test_overhead_refuses_bad_input_in_one_line(capsys: pytest.CaptureFixture[st
     assert error.count("\n") == 1
     assert main(["overhead", "-c", "train.batch_size=0"]) == 2
     assert "train.batch_size must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_overhead_has_a_pair_of_times_for_every_round_but_the_last(tiny_config: Config) -> None:
+    pairs = overhead.measure(tiny_config)
+    assert len(pairs) == tiny_config.rounds - 1
+    assert all(seconds.cpu > 0 for pair in pairs for seconds in pair)
 
 
 def test_search_finds_the_fastest_neighbour() -> None:

@@ -233,6 +233,20 @@ def test_evaluate_refuses_what_it_does_not_find(tiny_config, tmp_path, capsys):
     assert "bob" in capsys.readouterr().out
 
 
+def test_clients_may_differ_in_their_metrics(tiny_config, tmp_path, capsys):
+    """One with options is scored by a choice among them; the others have no such number."""
+    row = {"instruction": "say", "output": "a", "options": ["a", "b"]}
+    for part in ("train", "test"):
+        path = Path(tiny_config.data.path) / "cyd" / f"{part}.jsonl"
+        path.write_text((json.dumps(row) + "\n") * 4)
+    config = quick(tiny_config, rounds=1)
+    fedalt.Federation(config).run()
+    assert main(["evaluate", config.out]) == 0
+    header, _, *rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    choice = [name.strip() for name in header].index("choice")
+    assert [row[choice].strip() == "-" for row in rows] == [True, True, False]
+
+
 def test_whatever_else_the_disk_refuses_is_one_line_too(tiny_config, capsys, monkeypatch):
     """Of the commands that write outside a run."""
     config = quick(tiny_config, rounds=1)

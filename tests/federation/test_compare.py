@@ -3,11 +3,14 @@
 import csv
 import io
 import re
+from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from fedalt.compare import compare_csv, compare_page, compare_table, seed_sheet
+from fedalt.compare import compare, compare_csv, compare_page, compare_table, seed_sheet
+from fedalt.errors import InputError
 from fedalt.report import summarise
 from fedalt.tables import sheet_text
 
@@ -25,6 +28,14 @@ def run_of(ann, bob, seconds=None, sent=0, unseen=None):
         values = {"round": 0, "client": "new", "unseen": True, "rouge1": unseen}
         events.append({"event": "evaluate", **values})
     return {**summarise(events), "seconds": seconds}
+
+
+def test_settings_are_refused_before_any_run(tiny_config):
+    """Ranks that one of the methods cannot mix."""
+    config = replace(tiny_config, lora=replace(tiny_config.lora, client_ranks={"ann": 1}))
+    with pytest.raises(InputError, match=r"client_ranks.ann: fedalt wants one rank for all"):
+        compare(config, ["local", "fedalt"], [0], 1, False)
+    assert not Path(config.out).exists()
 
 
 RUNS = {

@@ -53,7 +53,10 @@ def test_flat_names_every_leaf_once():
         ({"train": {"learning_rate": "fast"}}, "train.learning_rate must be a number, got 'fast'"),
         ({"train": {"lr_scheduler": "sin"}}, "train.lr_scheduler must be one of linear"),
         ({"model": {"dtype": "int8"}}, "model.dtype must be one of float32"),
-        ({"data": {"prompt": "hello"}}, "data.prompt must be a text with {instruction}"),
+        ({"data": {"prompt": "hello"}}, "data.prompt must be a .* {instruction}, got 'hello'"),
+        ({"data": {"splits": ["a", "a"]}}, "data.splits must be a list of different names"),
+        ({"model": {"path": "builtin-vit"}}, "model.path must be a model for data.kind=text, got"),
+        ({"data": {"kind": "image"}}, "model.path must be a model for data.kind=image, got 'built"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"seed": -1}, "seed must be in"),
     ],
@@ -79,11 +82,20 @@ def test_a_bad_file_is_named(tmp_path, content, message):
         load_config(path)
 
 
-@pytest.mark.parametrize("override", ["rounds", "=3", "rounds.deep=3", "rounds=[", "nope=1"])
-def test_a_bad_override_is_refused(tmp_path, override):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rounds", "-c rounds: wants key.path=value"),
+        ("=3", "-c =3: wants key.path=value"),
+        ("rounds.deep=3", "'rounds' holds a value, not a group of settings"),
+        ("rounds=[", r"-c rounds=\[: the value is not readable as YAML"),
+        ("nope=1", "unknown key nope; known: method, rounds"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path, override, message):
     path = tmp_path / "c.yaml"
     path.write_text("rounds: 3\n")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=message):
         load_config(path, (override,))
 
 

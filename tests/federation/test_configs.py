@@ -145,7 +145,8 @@ def test_domainnet_is_dealt_to_ninety_clients(tmp_path):
             folder.mkdir(parents=True)
             for number in range(30):
                 Image.new("RGB", (2, 2)).save(folder / f"{domain}_{number}.jpg")
-    clients = clients_of(config_of("vit-domainnet", data__path=tmp_path / "domainnet"))
+    small = config_of("vit-domainnet", data__path=tmp_path / "domainnet", partition__min_records=4)
+    clients = clients_of(small)
     assert len(clients) == 90
     assert {client.id.partition("-")[0] for client in clients} == set(DOMAINS)
     assert {len(labels_of(client)) for client in clients} == {4}

@@ -20,7 +20,7 @@ def clients_of(root, partition=None, **settings):
     cut = PartitionConfig(**(partition or {}))
     clients = load_clients(DataConfig(path=str(root), **settings), cut, seed=0)
     for client in clients:
-        client.fingerprint()
+        client.read().fingerprint()
     return clients
 
 
@@ -52,6 +52,8 @@ def test_data_with_clients_of_its_own_is_not_cut(tiny_data):
     for path in (tiny_data, "sample"):
         with pytest.raises(InputError, match="has its clients already and is not cut"):
             clients_of(path, {"by": "equal"})
+        with pytest.raises(InputError, match=r"data.columns: .* has no columns but fields"):
+            clients_of(path, columns={"output": "answer"})
 
 
 def test_clients_can_be_chosen_in_an_order(tiny_data):
@@ -59,10 +61,10 @@ def test_clients_can_be_chosen_in_an_order(tiny_data):
 
 
 def test_fingerprints_follow_the_records(tiny_data):
-    before = [client.fingerprint() for client in clients_of(tiny_data)]
+    before = [client.read().fingerprint() for client in clients_of(tiny_data)]
     path = tiny_data / "bob" / "test.jsonl"
     path.write_text(path.read_text().replace("say 0", "say 9"))
-    after = [client.fingerprint() for client in clients_of(tiny_data)]
+    after = [client.read().fingerprint() for client in clients_of(tiny_data)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
@@ -239,6 +241,8 @@ def test_encoding_marks_both_ends_and_keeps_the_end_of_a_long_prompt(tokenizer):
     assert len(short.prompt) + len(short.answer) == 32
     assert tokenizer.decode(short.answer[:-1]) == ("xyz" * 40)[:15]
     assert tokenizer.decode(short.prompt[1:]) == "\n### Response:\n"
+    (whole,) = encode([Record("hi", "y" * 300)], tokenizer, DataConfig())
+    assert tokenizer.decode(whole.answer[:-1]) == "y" * 300
 
 
 def test_batches_are_padded_left_with_labels_on_answers():

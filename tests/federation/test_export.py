@@ -119,7 +119,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(finished, tmp_path):
         export_client(finished.out, "dan", tmp_path / "to")
     with pytest.raises(InputError, match="choose another folder"):
         export_client(finished.out, "ann", finished.out)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="no-run"):
         export_client(tmp_path / "no-run", "ann", tmp_path / "to")
     assert not (tmp_path / "to").exists()
 

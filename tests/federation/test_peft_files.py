@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 import fedalt
 from fedalt.errors import InputError
-from fedalt.peft_files import read_peft_adapter, write_peft_adapter
+from fedalt.peft_files import peft_files, read_peft_adapter, write_folder
 from fedalt.states import adapter_state, select
 from tests.federation.peft_cases import (
     ALPHA,
@@ -32,6 +32,10 @@ from tests.kernels.budget import UNIT32
 WEIGHTS = "adapter_model.safetensors"
 
 
+def write(folder, state, part, scaling, **settings):
+    return write_folder(folder, peft_files(state, part, base="", scaling=scaling, **settings))
+
+
 def peft_layers(model):
     return [name for name, module in model.model.named_modules() if isinstance(module, LoraLayer)]
 
@@ -42,15 +46,8 @@ def test_peft_computes_what_our_model_does_with_that_adapter_alone(name, part, t
     case = CASES[name]
     mixed = fedalt.inject(case["make"](), RANK, ALPHA, 0, case["targets"])
     state = drawn(mixed)
-    folder = write_peft_adapter(
-        tmp_path / "to",
-        state,
-        part,
-        base="",
-        scaling=SCALING,
-        fan_in_fan_out=name == "gpt2",
-        task_type=case["task_type"],
-    )
+    written = {"fan_in_fan_out": name == "gpt2", "task_type": case["task_type"]}
+    folder = write(tmp_path / "to", state, part, SCALING, **written)
     assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
     adapted = [n for n, m in mixed.named_modules() if hasattr(m, "rest_of_world")]
     assert peft_layers(load_with_peft(case["make"], folder)) == adapted
@@ -65,7 +62,7 @@ def test_a_trained_head_goes_along_whole(tmp_path):
     case = CASES["vit"]
     mixed = fedalt.inject(vit(), RANK, ALPHA, 0, case["targets"], modules_to_save=("classifier",))
     state = drawn(mixed)
-    folder = write_peft_adapter(tmp_path / "to", state, "individual", base="", scaling=SCALING)
+    folder = write(tmp_path / "to", state, "individual", SCALING)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier"]
     assert_same_logits(
@@ -83,7 +80,7 @@ def test_layers_of_several_ranks_keep_one_scaling(tmp_path):
     state = drawn(fedalt.inject(llama(), RANK, ALPHA, 0, case["targets"]))
     a = "model.layers.1.mlp.up_proj.individual.a"
     state[a], state[a[:-1] + "b"] = state[a][:2], state[a[:-1] + "b"][:, :2]
-    folder = write_peft_adapter(tmp_path / "to", state, "individual", base="", scaling=SCALING)
+    folder = write(tmp_path / "to", state, "individual", SCALING)
     model = load_with_peft(case["make"], folder)
     scalings = [m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)]
     assert set(scalings) == {SCALING}
@@ -145,20 +142,20 @@ def test_an_adapters_name_in_the_keys_is_ignored(like, tmp_path):
 def test_a_part_that_the_client_lacks_is_refused(like, tmp_path):
     own = select(like, "individual")
     with pytest.raises(InputError, match="rest_of_world: this client has no such adapter"):
-        write_peft_adapter(tmp_path / "to", own, "rest_of_world", base="", scaling=1.0)
+        write(tmp_path / "to", own, "rest_of_world", 1.0)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_taken_folder_is_refused_and_left_alone(like, tmp_path):
     (tmp_path / "to").mkdir()
-    write_peft_adapter(tmp_path / "to", like, "individual", base="", scaling=1.0)
+    write(tmp_path / "to", like, "individual", 1.0)
     before = (tmp_path / "to" / WEIGHTS).read_bytes()
     with pytest.raises(InputError, match="to: is there already; choose another folder"):
-        write_peft_adapter(tmp_path / "to", like, "rest_of_world", base="", scaling=1.0)
+        write(tmp_path / "to", like, "rest_of_world", 1.0)
     assert (tmp_path / "to" / WEIGHTS).read_bytes() == before
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="choose another folder"):
-        write_peft_adapter(tmp_path / "file" / "to", like, "individual", base="", scaling=1.0)
+        write(tmp_path / "file" / "to", like, "individual", 1.0)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
@@ -179,7 +176,7 @@ def test_a_folder_cut_short_never_appears_under_its_name(step, like, tmp_path, m
         patch.setattr(os, "fsync", cut_short(os.fsync))
         patch.setattr(os, "rename", cut_short(os.rename))
         with pytest.raises(KeyboardInterrupt):
-            write_peft_adapter(tmp_path / "to", like, "individual", base="", scaling=1.0)
+            write(tmp_path / "to", like, "individual", 1.0)
     assert not (tmp_path / "to").exists()
-    write_peft_adapter(tmp_path / "to", like, "individual", base="", scaling=1.0)
+    write(tmp_path / "to", like, "individual", 1.0)
     assert os.listdir(tmp_path) == ["to"]

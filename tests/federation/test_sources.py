@@ -110,10 +110,12 @@ def test_files_of_two_kinds_are_refused(tmp_path):
 
 
 def test_what_is_not_there_is_told_in_one_line(tmp_path, capfd):
-    with pytest.raises(InputError, match=r"nowhere: no such folder or file, and no hub id"):
-        open_dataset(str(tmp_path / "nowhere"), ("train",))
-    with pytest.raises(InputError, match=r"owner/name:x: no such .* hub cannot be reached"):
+    absent = tmp_path / "nowhere"
+    with pytest.raises(InputError, match=r"nowhere: no such folder or file, and no hub id") as path:
+        open_dataset(str(absent), ("train",))
+    with pytest.raises(InputError, match=r"owner/name:x: no such .* hub cannot be reached") as name:
         open_dataset("owner/name:x", ("train",))
+    assert not any("\n" in str(caught.value) for caught in (path, name))
 
 
 def test_without_the_library_the_cure_is_named(tmp_path, monkeypatch):

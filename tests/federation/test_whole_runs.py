@@ -14,7 +14,9 @@ from fedalt import states
 from fedalt.checkpoint import load_checkpoint, load_latest
 from fedalt.data import load_clients
 from fedalt.data.images import pixels
+from fedalt.errors import InputError
 from fedalt.export import export_client, load_export
+from fedalt.run import evaluate_run
 from fedalt.settings import load_config
 from tests.conftest import write_client
 from tests.federation.test_suites import ROWS
@@ -82,6 +84,14 @@ def test_image_domains_with_a_new_head(method, tmp_path):
     alike = all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     assert alike == (method == "fedit")
     assert saved.record["classes"] == ["apple", "boat"]
+
+
+def test_an_image_of_a_class_that_the_run_does_not_know_is_refused(tmp_path):
+    data = (f"data.path={domain_net(tmp_path / 'net')}", "model.path=builtin-vit")
+    result = run("vit-domainnet", tmp_path, *data, "partition={}", "model.dtype=float32")
+    (tmp_path / "net" / "real" / "boat").rename(tmp_path / "net" / "real" / "cat")
+    with pytest.raises(InputError, match="no class 'cat'; remove its images, known: apple, boat"):
+        evaluate_run(result.out, "real", str(tmp_path / "net"))
 
 
 def test_digits_run_export_and_load(tmp_path):
