@@ -26,6 +26,7 @@ setup(
         "rouge-score>=0.1.2",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "filelock>=3.16",
     ],
     extras_require={
         "data": ["datasets>=4.0,<6", "scikit-learn>=1.4"],

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-c", dest="settings", action="append", default=[])
     options = parser.parse_args(arguments)
 
-    command = [sys.executable, "-c", CHILD, ",".join(options.bad), "run", "--resume"]
+    command = [sys.executable, "-c", CHILD, ",".join(options.bad), "run"]
     command += [options.config] if options.config else []
     command += ["--data", options.data] if options.data else []
     command += [word for setting in options.settings for word in ("-c", setting)]
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out.is_dir() and any(options.out.iterdir()):
         parser.error(f"--out {options.out}: not empty; name another")
     started = time.monotonic()
-    _finish([*command, "--out", str(uncut)])
+    _finish(command, uncut)
     print(f"uncut: {time.monotonic() - started:.0f} s", flush=True)
 
     seconds = collections.Counter[int]()
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for moment in sorted(draw.uniform(0, last + 1) for _ in range(options.kills)):
         number = int(moment)  # the round in which it shall strike
         wait = (moment - number) * seconds[number]
-        if not _kill([*command, "--out", str(killed)], killed, number, wait):
+        if not _kill(command, killed, number, wait):
             break
         kills += 1
         found = [path.name for path in list_checkpoints(killed)]
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{wait:.2f} s into round {number}"
         left = f"newest is {found[-1] if found else 'none'}, {len(drafts)} files of a draft left"
         print(f"kill {kills}, {where}: {left}", flush=True)
-    _finish([*command, "--out", str(killed)])
+    _finish(command, killed)
 
     events = collections.Counter(event["event"] for event in read_events(uncut / METRICS))
     print(f"refused {events['refuse']}, failed {events['fail']}, late {events['late']}")
@@ -104,14 +104,20 @@ def child(arguments: Sequence[str]) -> int:
     return cli.main(arguments[1:])
 
 
-def _finish(command: Sequence[str]) -> None:
-    subprocess.run(command, check=True, stdout=sys.stderr)
+def _into(command: Sequence[str], run: Path) -> list[str]:
+    resume = ["--resume"] if (run / CONFIG).exists() else []
+    return [*command, "--out", str(run), *resume]
+
+
+def _finish(command: Sequence[str], run: Path) -> None:
+    subprocess.run(_into(command, run), check=True, stdout=subprocess.DEVNULL)
 
 
 def _kill(command: Sequence[str], run: Path, number: int, wait: float) -> bool:
     """Start it and kill it ``wait`` seconds into a round; False where it had ended before."""
     begins = run / (f"checkpoints/round-{number - 1:04d}" if number else CONFIG)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(_into(command, run), stdout=quiet, stderr=quiet)
     while process.poll() is None and not begins.exists():
         time.sleep(0.002)
     time.sleep(wait)

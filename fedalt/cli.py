@@ -27,7 +27,7 @@ from fedalt.tensorboard import write_tensorboard
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    options.cure = "nothing was lost"
+    options.cure = "nothing was written"
     transformers_logging.disable_progress_bar()  # one bar at a time: the run's own
     try:
         options.command(options)
@@ -49,8 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     federation = Federation(_config(options))
-    options.cure = f"go on with: fedalt run --out {shlex.quote(federation.config.out)} --resume"
-    result = federation.run(resume=options.resume)
+    out = federation.config.out
+    try:
+        result = federation.run(resume=options.resume)
+    except KeyboardInterrupt:
+        if (Path(out) / CONFIG).is_file():
+            options.cure = f"go on with: fedalt run --out {shlex.quote(out)} --resume"
+        raise
     _show(result.table, result.page)
 
 
@@ -93,6 +98,10 @@ def _config(options: argparse.Namespace) -> Config:
     path, saved = options.config, Path(options.out) / CONFIG
     if options.resume and path is None and options.out and saved.is_file():
         path = saved
+    elif options.resume and not (path or options.data or options.settings):
+        raise InputError(
+            f"--resume: no run in {options.out or 'the current folder'}; name it with --out"
+        )
     config = load_config(path, tuple(options.settings))
     if options.data:
         config = replace(config, data=replace(config.data, path=options.data))

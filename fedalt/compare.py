@@ -20,7 +20,8 @@ from fedalt.data import load_clients
 from fedalt.errors import InputError, RunFailed
 from fedalt.page import Line, section
 from fedalt.report import read_results, read_times
-from fedalt.rundir import RESULTS, claim_run_dir
+from fedalt.rundir import CONFIG, RESULTS, claim_run_dir
+from fedalt.settings import load_config
 from fedalt.stage import check
 from fedalt.tables import (
     LOCAL,
@@ -74,7 +75,7 @@ def compare(
         ``compare.json``, ``.md`` and ``.csv`` lie beside it.
 
     Raises:
-        InputError: as ``fedalt run`` says, before any run starts.
+        InputError: as ``fedalt run`` says; of data and settings before any run starts.
         RunFailed: a run ended with an error; the others are stopped and can be resumed.
     """
     if jobs < 1:
@@ -103,6 +104,8 @@ def compare(
         for seed in seeds
         for name in methods
     ]
+    if resume and not config.threads:  # another --jobs must not change a run that has begun
+        todo = [_with_its_threads(job) for job in todo]
     for job in todo:
         claim_run_dir(job.config, resume)
     root.mkdir(parents=True, exist_ok=True)
@@ -122,6 +125,12 @@ def compare(
     for name, content in contents.items():
         write_atomic(root / name, content)
     return text, root / "compare.html"
+
+
+def _with_its_threads(job: Job) -> Job:
+    file = job.out / CONFIG
+    threads = load_config(file).threads if file.is_file() else job.config.threads
+    return Job(replace(job.config, threads=threads))
 
 
 def _read_run(out: Path) -> Results:
@@ -252,8 +261,10 @@ def _run_all(todo: Sequence[Job], jobs: int, root: Path) -> None:
                 job, started = running.pop(process)
                 log = root / f"{job.config.method}-{job.config.seed}.log"
                 if process.returncode:
-                    last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-                    raise RunFailed(f"{job.label} failed: {''.join(last)} (whole log: {log})")
+                    last = "".join(log.read_text(encoding="utf-8").strip().splitlines()[-1:])
+                    if process.returncode == 2:
+                        raise InputError(f"{job.label}: {last.removeprefix('fedalt: ')}")
+                    raise RunFailed(f"{job.label} failed: {last} (whole log: {log})")
                 took = time.monotonic() - started
                 print(f"{job.label}: done in {took:.0f} s", file=sys.stderr, flush=True)
     finally:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from fedalt import report, states, tables
-from fedalt.checkpoint import SERVER, Checkpoint, StoredState, write_atomic, write_state, writing
+from fedalt.checkpoint import SERVER, Checkpoint, write_atomic, write_state, writing
 from fedalt.client import train_client
 from fedalt.cohort import derive_seed
 from fedalt.config import PartitionConfig
 from fedalt.data import load_clients
 from fedalt.errors import InputError
 from fedalt.gates import GateMeter
+from fedalt.methods import get_method
 from fedalt.rundir import load_run
 from fedalt.server import mean
 from fedalt.stage import NEWCOMER, Member, Stage
@@ -41,16 +42,14 @@ def welcome(stage: Stage, saved: Checkpoint, member: Member) -> State:
     untrained mixer says, the newcomer begins as that mean; with the doubled gates of
     ``fedalt-relay``, as twice it.
     """
-    state = stage.first_state(member.id)
-    if saved.has(SERVER, NEWCOMER):
-        state |= saved.state(SERVER, NEWCOMER).read()
-    start = stage.config.federation.join_start
-    if not stage.method.rest_of_world or start == "fresh":
-        return state
-    if start == "nearest":
+    given = saved.state(SERVER, NEWCOMER).read() if saved.has(SERVER, NEWCOMER) else {}
+    state = stage.first_state(member.id) | given
+    start, row = stage.config.federation.join_start, states.select(given, REST_OF_WORLD)
+    if start == "nearest" and stage.method.rest_of_world:
         return state | _nearest(stage, saved, member, state)
-    row = states.select(state, REST_OF_WORLD)
-    return state | states.renamed(row, REST_OF_WORLD, INDIVIDUAL)
+    if start == "row":  # nothing where no Rest-of-World was made yet
+        return state | states.renamed(row, REST_OF_WORLD, INDIVIDUAL)
+    return state
 
 
 @torch.no_grad()
@@ -111,9 +110,14 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
         epochs: passes over their train records; None: ``federation.join_epochs``.
 
     Raises:
-        InputError: no such run or data, or a client is known there already.
+        InputError: no such run or data, a client is known there already, or the method still
+            changes the base.
     """
     config, saved = load_run(run_dir)
+    if get_method(config.method).changes_base and saved.round < config.rounds:
+        raise InputError(
+            f"{run_dir}: {config.method} changes the base until round {config.rounds}; join then"
+        )
     folder = Path(os.path.abspath(data))
     alone = (folder / "train.jsonl").exists() or (folder / "train").is_dir()
     where = replace(
@@ -138,7 +142,7 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
     return tables.unseen_table(report.read_results(Path(run_dir)))
 
 
-def joined_clients(run_dir: Path) -> dict[str, StoredState]:
-    """By id, the states of clients that have joined a run."""
-    paths = sorted((run_dir / JOINED).glob("*.safetensors"))
-    return {path.stem: StoredState(path) for path in paths}
+def joined_clients(run_dir: Path) -> dict[str, Path]:
+    """By id, the files of clients that have joined a run."""
+    paths = sorted((run_dir / JOINED).glob("[!.]*.safetensors"))  # a dot begins a cut-short save
+    return {path.stem: path for path in paths}

@@ -6,15 +6,17 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from fedalt.checkpoint import writing
-from fedalt.errors import InputError
+from fedalt.errors import InputError, first_line
 
 METRICS, TIMES, ERRORS = "metrics.jsonl", "times.jsonl", "errors.log"
 
@@ -48,9 +50,15 @@ class Journal:
         row = {"round": number, "phase": phase, "client": client, "seconds": round(seconds, 4)}
         self._append(TIMES, json.dumps(row))
 
-    def error(self, trace: str) -> None:
-        """Append the traceback of a client that failed."""
-        self._append(ERRORS, trace)
+    def fail(self, number: int, client: str, error: Exception, **values: Any) -> str:
+        """Note that a client failed in round ``number``; its traceback goes to ``errors.log``."""
+        kind, first = type(error).__name__, first_line(error)
+        reason = kind if first == kind else f"{kind}: {first}"
+        self.write("fail", number, client, reason=reason, **values)
+        self._append(ERRORS, "".join(traceback.format_exception(error)))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return reason
 
     def write(self, event: str, number: int, client: str, **values: Any) -> None:
         """Append one event of one client in round ``number``."""
@@ -88,7 +96,7 @@ class Progress:
     """A bar of training steps on a terminal, and a line a round on standard error everywhere."""
 
     def __init__(self, rounds: int, steps_a_round: int, done: int) -> None:
-        self._rounds, self._loss, self._scores = rounds, 0.0, list[float]()
+        self._rounds, self._loss, self._scores = rounds, "-", list[float]()
         self._name = ""
         self._mark = time.monotonic()
         self._bar = tqdm(
@@ -103,7 +111,7 @@ class Progress:
         self._bar.update()
 
     def trained(self, losses: Sequence[float]) -> None:
-        self._loss = sum(losses) / max(len(losses), 1)
+        self._loss = f"{sum(losses) / len(losses):.3f}" if losses else "-"
 
     def evaluated(self, client: str, scores: Mapping[str, float]) -> None:
         self._name, value = next(iter(scores.items()))
@@ -113,7 +121,7 @@ class Progress:
     def end_round(self, number: int) -> None:
         line = [f"round {number}/{self._rounds}"]
         if number:
-            line.append(f"train loss {self._loss:.3f}")
+            line.append(f"train loss {self._loss}")
         if self._scores:
             line.append(f"{self._name} {sum(self._scores) / len(self._scores):.1f}")
             self._scores.clear()

@@ -40,7 +40,7 @@ def read_events(path: Path) -> list[Event]:
 
 def read_events_of(run_dir: Path) -> list[Event]:
     """A run's own events, then those of the clients that joined it, each from its own file."""
-    joined = sorted((run_dir / "joined").glob("*.jsonl"))
+    joined = sorted((run_dir / "joined").glob("[!.]*.jsonl"))
     return [event for path in (run_dir / "metrics.jsonl", *joined) for event in read_events(path)]
 
 

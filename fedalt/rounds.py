@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fedalt import robust, states
 from fedalt.checkpoint import CLIENTS, NEXT, OPTIMIZER, SERVER, Checkpoint, Draft, StoredState
-from fedalt.client import train_client
+from fedalt.client import TrainResult, train_client
 from fedalt.cohort import derive_seed, drawn, late
 from fedalt.errors import RunFailed
 from fedalt.journal import Journal, Progress
@@ -33,6 +31,7 @@ class Play:
     Attributes:
         before: the checkpoint that the round starts from; ``draft``: the one that it writes.
         finished: by id, the clients whose training counts, with the norm of their change.
+        results: by id, what their training said.
         updates: by id, what they handed in; a client that sends nothing is not in it.
     """
 
@@ -43,6 +42,7 @@ class Play:
     journal: Journal
     progress: Progress
     finished: dict[str, float] = field(default_factory=dict)
+    results: dict[str, TrainResult] = field(default_factory=dict)
     updates: dict[str, StoredState] = field(default_factory=dict)
 
     def run(self) -> dict[str, int]:
@@ -58,12 +58,15 @@ class Play:
         members = {member.id: member for member in self.stage.known}
         self.stage.load_base(self.before)
         cast = drawn(list(members), self.number, self.stage.config)
-        losses = [loss for id in cast if (loss := self._train(members[id])) is not None]
-        if not losses and len(cast) == len(members):
-            raise RunFailed(f"round {self.number}: no client could train; see errors.log")
-        self.progress.trained(losses)
+        reasons = [reason for id in cast if (reason := self._train(members[id]))]
+        if len(reasons) == len(members):
+            raise RunFailed(f"round {self.number}: no client could train; {reasons[0]}")
         started = time.perf_counter()
         self._refuse_the_unlike()
+        for client in self.finished:
+            result = self.results[client]
+            self.journal.write("train", self.number, client, loss=result.loss, steps=result.steps)
+        self.progress.trained([self.results[client].loss for client in self.finished])
         missing = late(list(self.updates), self.number, self.stage.config)
         for client in missing:
             self.journal.write("late", self.number, client)
@@ -74,8 +77,8 @@ class Play:
         self.journal.time(self.number, "combine", "", time.perf_counter() - started)
         return {**self.before.record["sent"], **dict.fromkeys(self.updates, self.number)}
 
-    def _train(self, member: Member) -> float | None:
-        """Train one client and take its update in; None where it failed or was refused."""
+    def _train(self, member: Member) -> str:
+        """Train one client and take its update in; or why it failed or was refused."""
         stage, client, started = self.stage, member.id, time.perf_counter()
         state = self.before.next(client)
         keeps = stage.method.keeps_optimizer
@@ -97,29 +100,21 @@ class Play:
             trained = states.adapter_state(stage.model)
             update = hand_in(trained, stage.sends(client), client)
         except Exception as error:  # one client's fault must not end the others' round
-            self._failed(client, error)
-            return None
+            return f"{client}: {self.journal.fail(self.number, client, error)}; see errors.log"
         known = stage.sent_part(client, state)
         reason = robust.fault(update, known) or robust.fault(trained, state)
         if reason:
             self.journal.write("refuse", self.number, client, reason=reason)
-            return None
+            return f"{client}: {reason}"
         self.draft.put(TRAINED, client, trained)
         if result.optimizer:
             self.draft.put(OPTIMIZER, client, result.optimizer)
         if update:
             self.updates[client] = self.draft.put(UPDATE, client, update)
         self.finished[client] = robust.change_norm(update, known)
-        self.journal.write("train", self.number, client, loss=result.loss, steps=result.steps)
+        self.results[client] = result
         self.journal.time(self.number, "train", client, time.perf_counter() - started)
-        return result.loss
-
-    def _failed(self, client: str, error: Exception) -> None:
-        first = (str(error).strip().splitlines() or [""])[0]
-        self.journal.write("fail", self.number, client, reason=f"{type(error).__name__}: {first}")
-        self.journal.error("".join(traceback.format_exception(error)))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return ""
 
     def _refuse_the_unlike(self) -> None:
         norms = {client: self.finished[client] for client in self.updates}

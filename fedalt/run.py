@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from fedalt import report, states, tables
-from fedalt.checkpoint import CLIENTS, NEXT, Checkpoint, Draft, load_latest, write_atomic, writing
+from fedalt.checkpoint import (
+    CLIENTS,
+    NEXT,
+    Checkpoint,
+    Draft,
+    StoredState,
+    load_latest,
+    write_atomic,
+    writing,
+)
 from fedalt.client import count_steps
 from fedalt.config import Config, PartitionConfig
 from fedalt.data import load_clients
-from fedalt.errors import InputError
+from fedalt.errors import InputError, RunFailed
 from fedalt.gates import GateMeter
 from fedalt.join import fit_in, joined_clients, score
 from fedalt.journal import Journal, Progress
@@ -32,8 +40,9 @@ from fedalt.rundir import (
     load_run,
     refuse_changes,
     settings_of,
+    sole_writer,
 )
-from fedalt.stage import Stage, set_stage
+from fedalt.stage import Member, Stage, set_stage
 
 
 @dataclass(frozen=True)
@@ -70,18 +79,23 @@ class Federation:
 
         Raises:
             InputError: bad data, model, target or run directory. Nothing has been written then.
-            RunFailed: no client could train.
+            RunFailed: no client could train, or none could be scored.
         """
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
         out = claim_run_dir(config, resume)
         stage = set_stage(config)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        with sole_writer(out):
+            return self._run(stage, out, resume)
+
+    def _run(self, stage: Stage, out: Path, resume: bool) -> Result:
+        config = self.config
         saved = load_latest(out) if resume else None
         if saved:
             _refuse_changes(stage, saved, out)
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / CONFIG, config.to_yaml())
 
         done = saved.round if saved else -1
@@ -112,14 +126,16 @@ class Federation:
             for member in stage.unseen:
                 try:
                     fit_in(stage, saved, member, out)
-                except RuntimeError:  # one client's fault must not cost the others' results
-                    journal.error(traceback.format_exc())
+                except Exception as error:  # its fault must not cost the others' results
+                    journal.fail(config.rounds, member.id, error, unseen=True)
                     progress.say(f"{member.id} could not join; see errors.log")
 
         results = report.read_results(out)
         write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
         with writing(out / "report"):
             table, page = report.write_report(out, f"{stage.method.name} on {config.data.name}")
+        if not any(client["trained_rounds"] for client in results["clients"].values()):
+            raise RunFailed(f"{out}: no update was good in any round; the report says why: {page}")
         return Result(out, results, table, page)
 
 
@@ -150,15 +166,29 @@ def _evaluate(
         started = time.perf_counter()
         states.load_adapter_state(stage.model, draft.state(CLIENTS, member.id).read())
         meter = GateMeter(stage.model)
-        scores = score(stage, member, meter)
+        try:
+            scores = score(stage, member, meter)
+            alone = {part: _score_alone(stage, member, part) for part in parts if apart}
+        except torch.OutOfMemoryError as error:
+            size = stage.config.evaluate.batch_size
+            if number == 0:
+                raise RunFailed(
+                    f"out of memory while scoring {member.id}; lower evaluate.batch_size ({size})"
+                ) from None
+            journal.fail(number, member.id, error)
+            continue
         journal.write("evaluate", number, member.id, **scores)
         if stage.method.rest_of_world:
             journal.write("gates", number, member.id, layers=meter.means())
-        for part in parts if apart else ():
-            with states.adapter_alone(stage.model, part):
-                journal.write("part", number, member.id, part=part, **score(stage, member))
+        for part, own in alone.items():
+            journal.write("part", number, member.id, part=part, **own)
         journal.time(number, "evaluate", member.id, time.perf_counter() - started)
         progress.evaluated(member.id, scores)
+
+
+def _score_alone(stage: Stage, member: Member, part: str) -> dict[str, float]:
+    with states.adapter_alone(stage.model, part):
+        return score(stage, member)
 
 
 def load_client(run_dir: str | Path, client_id: str) -> tuple[nn.Module, Any]:
@@ -183,7 +213,7 @@ def client_state(run_dir: Path, saved: Checkpoint, client_id: str) -> Mapping[st
     if client_id in saved.record["clients"]:
         return saved.used(client_id)
     if client_id in joined:
-        return joined[client_id]
+        return StoredState(joined[client_id])
     known = ", ".join([*saved.record["clients"], *joined])
     raise InputError(f"{run_dir}: no client {client_id!r}; known: {known}")
 
@@ -207,20 +237,23 @@ def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> st
             PartitionConfig(),
         )
     clients = load_clients(where, partition, config.seed)
+    there = [*saved.record["clients"], *joined_clients(Path(run_dir))]
     if client_id:
         clients = [client for client in clients if client.id == client_id]
         if not clients:
-            raise InputError(f"{where.path}: no client {client_id!r} there")
+            raise InputError(f"{where.name}: no client {client_id!r} there")
+    elif not data:  # those held out may not have joined yet
+        clients = [client for client in clients if client.id in there]
+    for client in clients:
+        if client.id not in there:
+            known = ", ".join(there)
+            raise InputError(f"{where.name}: {run_dir}: no client {client.id!r}; known: {known}")
     whole = replace(config, federation=replace(config.federation, holdout=0.0))
     stage = Stage(whole, clients, saved.record["classes"])
     stage.go_on_from(saved)
     scored: dict[str, dict[str, float]] = {}
     for member in stage.known:
-        try:
-            state = client_state(Path(run_dir), saved, member.id)
-        except InputError as error:
-            raise InputError(f"{where.path}: {error}") from None
-        states.load_adapter_state(stage.model, state)
+        states.load_adapter_state(stage.model, client_state(Path(run_dir), saved, member.id))
         scored[member.id] = score(stage, member)
     names = list(dict.fromkeys(name for scores in scored.values() for name in scores))
     rows = [

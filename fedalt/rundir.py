@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedalt.checkpoint import DRAFT, Checkpoint, load_latest
+from filelock import FileLock, Timeout
+
+from fedalt.checkpoint import DRAFT, Checkpoint, load_latest, writing
 from fedalt.config import Config
 from fedalt.errors import InputError
 from fedalt.settings import load_config
@@ -37,6 +40,26 @@ def claim_run_dir(config: Config, resume: bool) -> Path:
         raise InputError(f"{out}: not empty and no run of fedalt; choose another --out")
     refuse_changes(settings_of(load_config(out / CONFIG)), settings_of(config), out / CONFIG)
     return out
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Keeps other processes from writing into a run while this one does.
+
+    Raises:
+        InputError: another process is running it.
+    """
+    lock = FileLock(out / f"{DRAFT}lock")
+    with writing(out):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            cure = "wait for it, or stop it"
+            raise InputError(f"{out}: another process is running it; {cure}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def settings_of(config: Config) -> dict[str, Any]:

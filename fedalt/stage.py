@@ -241,7 +241,10 @@ def set_stage(config: Config) -> Stage:
     """
     clients = load_clients(config.data, config.partition, config.seed)
     check(config, [client.id for client in clients])
-    return Stage(config, clients)
+    stage = Stage(config, clients)
+    for client in config.lora.client_starts:
+        stage.first_state(client)
+    return stage
 
 
 def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]:

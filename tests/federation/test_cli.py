@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import fedalt
 from fedalt.cli import main
+from fedalt.compare import compare
+from fedalt.errors import InputError, RunFailed
+from fedalt.rundir import sole_writer
 from tests.conftest import write_client
 from tests.federation.test_run import quick
 
@@ -181,7 +186,15 @@ def test_a_run_prints_its_table_and_resumes_only_under_its_own_config(
 
 
 def test_a_resume_needs_a_directory(capsys):
-    assert "--resume wants the run directory" in refused(["run", "--resume"], capsys)
+    assert "--resume wants the run directory" in refused(
+        ["run", "-c", "rounds=1", "--resume"], capsys
+    )
+
+
+def test_a_resume_where_no_run_is_starts_none(tmp_path, capsys):
+    message = refused(["run", "--out", tmp_path / "typo", "--resume"], capsys)
+    assert message == f"fedalt: --resume: no run in {tmp_path / 'typo'}; name it with --out"
+    assert not (tmp_path / "typo").exists()
 
 
 COMMANDS = {
@@ -304,8 +317,49 @@ def test_compare_prints_a_line_a_method_and_resumes(config_file, tiny_config, ca
         assert summary["methods"][method][0]["mean"] == written["mean"]
 
     assert "not empty; add --resume" in refused(arguments, capsys)
-    assert main([*arguments, "--resume", "--jobs", "2"]) == 0
-    assert capsys.readouterr().out == printed
+    for jobs in ("2", "1"):  # the runs keep their threads
+        assert main([*arguments, "--resume", "--jobs", jobs]) == 0
+        assert capsys.readouterr().out == printed
+
+
+def test_a_run_that_fails_ends_the_comparison_and_the_others(config_file, capsys):
+    """A model that is not there is bad input; the run beside it is stopped."""
+    arguments = ["compare", str(config_file), "--methods", "fedalt,local", "--jobs", "2"]
+    message = refused([*arguments, "--seeds", "3", "-c", "model.path=no/such"], capsys)
+    assert re.match(r"fedalt: (fedalt|local) seed 3: model.path: cannot load 'no/such'", message)
+
+
+def test_a_failing_run_stops_the_one_beside_it(config_file, tiny_config, monkeypatch):
+    """The first process fails at once, the second would take an hour."""
+    started = []
+
+    def start(job, root):
+        code = "raise SystemExit('boom')" if not started else "import time; time.sleep(3600)"
+        log = root / f"{job.config.method}-{job.config.seed}.log"
+        with open(log, "wb") as file:
+            process = subprocess.Popen([sys.executable, "-c", code], stderr=file)
+        started.append(process)
+        return process
+
+    monkeypatch.setattr("fedalt.compare._start", start)
+    with pytest.raises(RunFailed, match=r"fedalt seed 0 failed: boom \(whole log: .*0.log\)"):
+        compare(tiny_config, ["fedalt", "local"], [0], 2, False)
+    assert started[1].returncode == -signal.SIGTERM
+
+
+def test_two_processes_cannot_run_in_one_directory(tiny_config):
+    config = quick(tiny_config, rounds=1)
+    Path(config.out).mkdir()
+    with sole_writer(Path(config.out)), pytest.raises(InputError, match="another process is run"):
+        fedalt.Federation(config).run()
+    fedalt.Federation(config).run()
+
+
+def test_a_wrong_start_is_refused_before_anything_is_written(tiny_config):
+    lora = replace(tiny_config.lora, client_starts={"bob": "nowhere"})
+    with pytest.raises(InputError, match="nowhere"):
+        fedalt.Federation(replace(tiny_config, lora=lora)).run()
+    assert not Path(tiny_config.out).exists()
 
 
 def test_compare_refuses_what_it_cannot_pair(config_file, capsys):

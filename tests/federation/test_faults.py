@@ -177,8 +177,8 @@ def test_a_client_that_raises_in_its_training_loses_that_round_only(
     assert saved.record["sent"] == dict.fromkeys(NAMES, 2)
 
     (event,) = events_of(config, "fail")
-    told = (str(error).splitlines() or [""])[0]
-    assert event["reason"] == f"{type(error).__name__}: {told}"
+    told = "".join(f": {line}" for line in str(error).splitlines()[:1])
+    assert event["reason"] == f"{type(error).__name__}{told}"
     assert (event["round"], event["client"]) == (1, "bob")
     log = Path(config.out, "errors.log").read_text()
     assert log.count("Traceback") == 1
@@ -201,11 +201,48 @@ def test_where_all_clients_fail_the_run_ends_with_one_line_and_status_1(
         patch.setattr(TextTask, "loss", failing)
         assert main(["run", str(path)]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "fedalt: round 1: no client could train; see errors.log"
+    reason = "ann: MemoryError: no more; see errors.log"
+    assert lines[-1] == f"fedalt: round 1: no client could train; {reason}"
     assert not any("Traceback" in line for line in lines)
     assert Path(config.out, "errors.log").read_text().count("MemoryError: no more") == 4
     assert not Path(config.out, "results.json").exists()
     assert main(["run", "--out", config.out, "--resume"]) == 0  # once the cause is gone
+
+
+def test_a_client_that_cannot_be_scored_is_told_and_the_rest_goes_on(config, monkeypatch):
+    """bob needs too much memory in round 2, after the others have trained beside him."""
+    evaluate, seen = TextTask.evaluate, []
+
+    def failing(self, model, examples, records, meter=None):
+        seen.append(1)
+        if len(seen) == len(NAMES) + 3 + 1:  # round 0, then all three scores of ann's
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return evaluate(self, model, examples, records, meter)
+
+    monkeypatch.setattr(TextTask, "evaluate", failing)
+    results = fedalt.Federation(config).run().results
+    (fault,) = results["faults"]
+    assert (fault["round"], fault["client"]) == (2, "bob")
+    assert [results["clients"][name]["curve"][-1]["round"] for name in NAMES] == [2, 0, 2, 2]
+
+
+def test_where_the_first_scores_need_too_much_memory_the_cure_is_named(config, monkeypatch, capsys):
+    def failing(self, model, examples, records, meter=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TextTask, "evaluate", failing)
+    with pytest.raises(fedalt.errors.RunFailed, match=r"lower evaluate.batch_size \(128\)"):
+        fedalt.Federation(config).run()
+
+
+def test_a_run_without_one_good_update_fails_after_its_report(config):
+    wild = replace(config, train=replace(config.train, learning_rate=1e38, max_steps=3))
+    wild = replace(wild, federation=replace(wild.federation, participation=0.5))
+    with pytest.raises(
+        fedalt.errors.RunFailed, match="no update was good in any round; the report"
+    ):
+        fedalt.Federation(wild).run()
+    assert (Path(config.out) / "report" / "report.html").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -222,7 +259,8 @@ def test_an_interrupt_is_not_a_clients_fault(config, error, monkeypatch):
 def test_an_update_that_diverged_by_itself_is_refused_with_its_client_unharmed(config):
     """A learning rate of 1e38 in earnest: no patch; all diverge, so the run ends."""
     wild = replace(config, train=replace(config.train, learning_rate=1e38, max_steps=3))
-    with pytest.raises(fedalt.errors.RunFailed, match="round 1: no client could train"):
+    reason = "round 1: no client could train; ann: .* holds NaN"
+    with pytest.raises(fedalt.errors.RunFailed, match=reason):
         fedalt.Federation(wild).run()
     saved = load_checkpoint(Path(config.out, "checkpoints", "round-0000"))
     assert all(t.isfinite().all() for state in used(saved).values() for t in state.values())

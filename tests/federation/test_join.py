@@ -1,12 +1,13 @@
 """Clients that come after the training: where they start, how they fit in, and what stays as is."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import fedalt
-from fedalt.checkpoint import StoredState, load_latest
+from fedalt.checkpoint import Draft, StoredState, load_latest
 from fedalt.cli import main
 from fedalt.client import train_client
 from fedalt.cohort import derive_seed, held_out
@@ -244,12 +245,60 @@ def test_another_base_is_refused(config, finished, tiny_base, tmp_path):
         path.write_bytes(before)
 
 
-def test_a_newcomer_that_fails_costs_nobody_elses_results(tiny_config, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_newcomer_that_fails_costs_nobody_elses_results(kind, tiny_config, monkeypatch, capsys):
     def broken(*args, **kwargs):
-        raise RuntimeError("out of memory")
+        raise kind("no luck")
 
-    monkeypatch.setattr("fedalt.join.train_client", broken)
-    result = fedalt.Federation(quick(tiny_config, holdout=0.34, **JOIN)).run()
+    config = quick(tiny_config, holdout=0.34, **JOIN)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedalt.join.train_client", broken)
+        result = fedalt.Federation(config).run()
+    (newcomer,) = held_out(["ann", "bob", "cyd"], config)
+    assert newcomer not in result.results["clients"]
     assert len(result.results["clients"]) == 2
+    (fault,) = result.results["faults"]
+    assert (fault["client"], fault["reason"]) == (newcomer, f"{kind.__name__}: no luck")
     assert "could not join; see errors.log" in capsys.readouterr().err
-    assert "out of memory" in (result.out / "errors.log").read_text()
+    assert "no luck" in (result.out / "errors.log").read_text()
+    assert evaluate_run(result.out).count("\n") == 3  # the two that there are
+    again = fedalt.Federation(config).run(resume=True)  # once the cause is gone
+    assert again.results["faults"] == []
+    assert newcomer in again.results["unseen"]["clients"]
+    assert newcomer in evaluate_run(result.out)
+
+
+def test_without_a_rest_of_world_a_newcomer_keeps_what_it_was_given(tiny_config):
+    """At round 0 there is none yet, and zeros on both sides would never train."""
+    config = quick(tiny_config, holdout=0.34, join_start="row")
+    stage = set_stage(config)
+    (newcomer,) = stage.unseen
+    draft = Draft(Path(config.out), 0)
+    state = welcome(stage, draft.commit({"clients": []}, keep=1), newcomer)
+    assert same(state, stage.first_state(newcomer.id))
+    assert all(t.abs().max() > 0 for n, t in state.items() if n.endswith("individual.a"))
+
+
+def test_a_save_cut_short_by_a_kill_counts_as_nothing(finished, tmp_path):
+    (finished / "joined").mkdir()
+    for kind in ("safetensors", "jsonl"):
+        (finished / "joined" / f".draft-zoe.{kind}").write_bytes(b"{")
+    assert evaluate_run(finished).count("\n") == 4
+    write_client(tmp_path / "zoe", "z", 4)
+    assert "zoe" in join_run(finished, str(tmp_path / "zoe"))
+
+
+def test_a_newcomer_of_a_method_that_changes_the_base(config, tmp_path):
+    """It joins the finished run only, on the base as the rounds have left it."""
+    write_client(tmp_path / "zoe", "z", 4)
+    config = replace(config, method="flora")
+    fedalt.Federation(config).run()
+    table = join_run(config.out, str(tmp_path / "zoe"))
+    fresh = evaluate_run(config.out, "zoe", str(tmp_path))
+    last = json.loads((Path(config.out) / "joined" / "zoe.jsonl").read_text().splitlines()[-1])
+    assert f"{last['loss']:.3f}" in fresh
+    assert f"{last['loss']:.3f}" in table
+    unfinished = replace(config, rounds=2).to_yaml()
+    (Path(config.out) / "config.yaml").write_text(unfinished)
+    with pytest.raises(fedalt.InputError, match="flora changes the base until round 2; join then"):
+        join_run(config.out, str(tmp_path / "zoe"))
