@@ -10,7 +10,7 @@ from fedalt_kernels import Fp8Linear, QuantizedWeight
 from fedalt_kernels.reference import reference
 
 from .budget import assert_within_budget
-from .cases import Case, Inputs, build, run
+from .cases import Case, Inputs, apply, build, run
 from .parity import pool
 
 STORAGES = ("nf4", "nested nf4", "int8", "fp8")
@@ -96,10 +96,18 @@ def check(
     draws: int,
     block: int = 16,
     device: str = "cpu",
+    gradients: bool = True,
 ) -> None:
     """As `parity.check`, where eager PyTorch is given the dequantized weight."""
+
+    def results(function: Callable[..., Tensor], inputs: Inputs) -> dict[str, Tensor]:
+        if gradients:
+            return run(function, inputs, case.dropout)
+        with torch.no_grad():
+            return {"y": apply(function, inputs, case.dropout)}
+
     inputs = [triple(build(case, seed, device), storage, block) for seed in range(draws)]
-    got = pool([run(function, quantized, case.dropout) for quantized, _, _ in inputs])
-    eager = pool([run(reference, dense, case.dropout) for _, dense, _ in inputs])
-    truth = pool([run(reference, wide, case.dropout) for _, _, wide in inputs])
+    got = pool([results(function, quantized) for quantized, _, _ in inputs])
+    eager = pool([results(reference, dense) for _, dense, _ in inputs])
+    truth = pool([results(reference, wide) for _, _, wide in inputs])
     assert_within_budget(got, eager, truth, length=max(case.m, case.n, case.k))
