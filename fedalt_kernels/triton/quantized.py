@@ -13,12 +13,10 @@ from .primitives import load_block, rounded
 @triton.jit
 def look_up(octets, code):
     """Both values of every byte [h, w], the high nibble's first: [h, 2 w] from a code [16]."""
-    HEIGHT: tl.constexpr = octets.shape[0]
-    WIDTH: tl.constexpr = octets.shape[1]
     octets = octets.to(tl.int32)
-    nibbles = tl.reshape(tl.join(octets >> 4, octets & 15), (HEIGHT * WIDTH * 2,))
+    nibbles = tl.ravel(tl.join(octets >> 4, octets & 15))
     values = tl.gather(tl.load(code + tl.arange(0, 16)), nibbles, 0)
-    return tl.reshape(values, (HEIGHT, WIDTH * 2))
+    return tl.reshape(values, (octets.shape[0], 2 * octets.shape[1]))
 
 
 @triton.jit
