@@ -4,7 +4,8 @@
 
     cases        the cases, and the order they go in
     roofline     what each schedule must cost, from code
-    aot          every kernel compiled ahead of time, without a GPU
+    setups       layers whose launches are all that ship
+    aot          these, compiled ahead of time, without a GPU
     parity       every schedule in Triton's interpreter, against float64
     peers        what a user would pick instead of our layer
     candidates   our layer under each schedule and its peers, and their check

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -30,12 +30,10 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fedalt_kernels import fused
-from fedalt_kernels.adapter import Branches
-from fedalt_kernels.checks import SCHEDULES
 from fedalt_kernels.triton import tiles
 
 from .measure import markdown
+from .setups import run_schedules, setups
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,14 @@ TARGETS = {
 }
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 NAMES = tuple(DTYPES.values())
-POINTED = {**DTYPES, torch.int64: "i64", torch.int32: "i32"}
+POINTED = {
+    **DTYPES,
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-M, N, K = 256, 512, 512
 
 
 @dataclass(frozen=True)
@@ -115,61 +118,10 @@ HEADER = (
 def launches(target: str, dtype: torch.dtype) -> list[Launch]:
     """Every launch that the shipped tiles and flags lead to on a target, each once."""
     found: dict[str, Launch] = {}
-    setups = [
-        Setup((8, 8)),
-        Setup((8, 8), threshold=13),
-        Setup((64, 64)),
-        Setup((8, 8), rows=64),
-        Setup((5, 3, 9), columns=K + 1),
-    ]
-    if dtype == torch.bfloat16:  # what differs in flags only need not be made in every dtype
-        setups.append(Setup((16,) * 8, rows=M - 6))
-        setups.append(Setup((16, 16), transposed=True, gated=False))
-        setups.append(Setup((64, 64), threshold=13))
-        setups.append(Setup((64, 64), rows=64))
-        setups.append(Setup((130, 20)))
     with _recording(target, found):
-        for setup in setups:
-            _run_schedules(dtype, setup)
+        for setup in setups(target, dtype):
+            run_schedules(dtype, setup)
     return list(found.values())
-
-
-class Setup(NamedTuple):
-    """A layer whose launches are wanted: its adapters' ranks, and what else decides on kernels."""
-
-    sizes: tuple[int, ...]
-    threshold: int = 0
-    rows: int = M
-    columns: int = K
-    transposed: bool = False
-    gated: bool = True
-
-
-def _run_schedules(dtype: torch.dtype, setup: Setup) -> None:
-    """Runs every schedule on tensors whose values do not matter."""
-    sizes, threshold, m, k, transposed, gated = setup
-    n = k + N - K
-    x, weight, dy = (torch.zeros(*shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
-    if transposed:
-        weight = weight.t().contiguous().t()
-    downs = [torch.zeros(size, k) for size in sizes]
-    ups = [torch.zeros(n, size) for size in sizes]
-    mixer = torch.zeros(len(sizes), k) if gated else None
-    seed = torch.tensor(1) if threshold else None
-    branches = Branches(downs, ups, mixer, None, 2.0, threshold, seed)
-    ranks = tiles.side_by_side(sizes, dtype)
-    for schedule in SCHEDULES:
-        rows = x[:16] if schedule == "decode" and m != tiles.DECODE_ROWS else x
-        if tiles.unserved(schedule, rows, ranks, threshold > 0) is None:
-            forced = branches._replace(schedule=schedule)
-            fused.forward(rows, weight, torch.zeros(n, dtype=dtype), forced)
-    low = x.new_zeros(m, sum(sizes))
-    gates = x.new_zeros(m, len(sizes), dtype=torch.float32) if gated else None
-    needs = [True, gated] + ([True] + [False] * (len(sizes) - 1)) * 2
-    for schedule in SCHEDULES:
-        if tiles.unserved(schedule, dy, ranks, threshold > 0, backward=True) is None:
-            forced = branches._replace(schedule=schedule)
-            fused.backward(dy, x, weight, low, gates, forced, needs)
 
 
 @contextmanager
@@ -214,6 +166,10 @@ def _described(kernel: JITFunction, given: dict[str, Any]) -> Launch:
         for name in ("TMA", "DROPOUT", "JOINT", "MAKES_UP", "BACKWARD", "BASE")
         if given.get(name)
     ]
+    if given.get("QUANTIZED"):
+        flags += [POINTED[given["weight"].dtype], *map(str, given["BLOCKS"])]
+    elif "target" in given:
+        flags += ["to", POINTED[given["target"].dtype], *map(str, given.get("BLOCKS", ()))]
     named = (given.get(name) for name in ("x", "dy", "left", "source", "down", "words"))
     first = next(value for value in named if value is not None)
     dtype = POINTED[first.dtype if isinstance(first, Tensor) else first.base.dtype]

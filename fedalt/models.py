@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedalt.config import BUILTIN_BASE, ModelConfig
 from fedalt.errors import InputError, first_line
 from fedalt_kernels import MixedLoRALinear
 
 ALL_LINEAR = "all-linear"
+OTHER_LINEAR = ("Conv1D", "Fp8Linear")  # linear layers that are no nn.Linear
 # Names under which layers of one module read the same input, in the order in which they are called.
 READ_ONE_INPUT = [
     ("q_proj", "k_proj", "v_proj"),
@@ -110,7 +111,9 @@ def inject(
 def _try_out(layer: MixedLoRALinear) -> None:
     """Refuses an implementation that cannot run, before anything is trained with it."""
     try:
-        layer(layer.weight.new_zeros(1, layer.in_features))
+        weight = layer.weight
+        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        layer(torch.zeros(1, layer.in_features, dtype=dtype, device=weight.device))
     except RuntimeError as error:
         raise InputError(f"lora.impl: {error}") from None
 
@@ -153,7 +156,7 @@ def _target_names(model: nn.Module, wanted: tuple[str, ...]) -> list[str]:
     linear = {
         name: module
         for name, module in model.named_modules()
-        if name and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        if name and (isinstance(module, nn.Linear) or type(module).__name__ in OTHER_LINEAR)
     }
     body = [name for name, module in linear.items() if module is not head]
     if wanted == (ALL_LINEAR,):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fedalt.errors import InputError
 from fedalt_kernels import MixedLoRALinear
 
 State = dict[str, Tensor]
@@ -127,7 +128,7 @@ class BaseWeights:
         """Copies every adapted layer's weight [N, K] into host memory."""
         self._model = model
         self._first = {
-            name: layer.weight.to("cpu", copy=True) for name, layer in mixed_layers(model)
+            name: _matrix(name, layer).to("cpu", copy=True) for name, layer in mixed_layers(model)
         }
 
     @torch.no_grad()
@@ -137,7 +138,14 @@ class BaseWeights:
             weight = self._first[name]
             if name in change:
                 weight = (weight.float() + change[name]).to(weight.dtype)
-            layer.weight.copy_(weight)
+            _matrix(name, layer).copy_(weight)
+
+
+def _matrix(name: str, layer: MixedLoRALinear) -> Tensor:
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise InputError(f"this method adds to base weights, but that of {name!r} is quantized")
+    return weight
 
 
 def client_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -16,6 +16,9 @@ The last column is what a schedule is chosen for (`tiles.forward_schedule`); wha
 in `tiles.unserved`.  Backward: overlapped, split and expand likewise, with dP for S; the sums over
 tokens, dA with dG and dB, are launches of their own, but for dB of few ranks, which shares the read
 of dY that makes dP.  Under dropout the mask is made once as bits, for dX and for dA.
+
+Decode reads a quantized weight as it is stored; for the others it is first written out, into memory
+that all layers share.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +30,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from .adapter import Branches, Factors
+from .quantized import QuantizedWeight
 from .triton import tiles
 from .triton.backward import spread
 from .triton.contract import contract_with_strip
@@ -38,6 +42,7 @@ from .triton.overlapped_backward import overlapped_backward
 from .triton.pack import pack
 from .triton.reduce import reduce_down, reduce_up
 from .triton.tiles import Ranks, side_by_side
+from .weights import matrix, octets, outline
 
 MOST_JOINT_RANKS = 16  # of dB made with dP: more shares would weigh as much as a read of dY
 
@@ -73,7 +78,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 @_on_its_device
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     branches: Branches,
     strip: Strip | None = None,
@@ -82,7 +87,7 @@ def forward(
 
     Args:
         x: [M, K], rows contiguous.
-        weight: [N, K], one of its strides 1, dtype of x.
+        weight: [N, K], one of its strides 1, dtype of x; or quantized.
         bias: [N] or None, dtype of x.
         branches: the adapters and how to mix them.
         strip: from `shared_strips`, where the layer shares its pass over x.
@@ -91,9 +96,14 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     schedule = branches.schedule
     if schedule is None:
-        schedule = tiles.forward_schedule(x, weight, ranks, branches.threshold > 0)
+        like = outline(weight, x.dtype)
+        schedule = tiles.forward_schedule(x, like, ranks, branches.threshold > 0)
     elif reason := tiles.unserved(schedule, x, ranks, branches.threshold > 0):
         raise RuntimeError(f"schedule {schedule!r} cannot serve this call: {reason}")
+    quantized = None
+    if isinstance(weight, QuantizedWeight) and schedule == "decode":
+        quantized = octets(weight)
+    weight = matrix(weight, x.dtype) if quantized is None else quantized.data
     if strip is not None:
         return _with_strip(x, weight, bias, strip, ranks, schedule)
     weights = _weights(branches)
@@ -101,7 +111,7 @@ def forward(
     if schedule == "decode":
         downs, ups = _sources(branches.downs), _sources(branches.ups)
         mixer = None if branches.mixer is None else branches.mixer.contiguous()
-        return decode(x, weight, bias, downs, ups, mixer, weights, ranks, scaling)
+        return decode(x, weight, bias, downs, ups, mixer, weights, ranks, scaling, quantized)
     packed = _packed(x, [weight.shape[0]], [branches], ranks)
     down, up = packed.down[0], packed.ups[0]
     router = None if packed.router is None else packed.router[0]
@@ -123,7 +133,7 @@ def _with_strip(
 
 
 def worth_sharing(
-    x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], dropout: bool
+    x: Tensor, weights: Sequence[Tensor | QuantizedWeight], sizes: Sequence[int], dropout: bool
 ) -> bool:
     """Whether one pass over x for several layers beats each layer's own schedule.
 
@@ -131,7 +141,8 @@ def worth_sharing(
     its own tiles cannot hide one.
     """
     ranks = side_by_side(sizes, x.dtype)
-    schedules = {tiles.forward_schedule(x, weight, ranks, dropout) for weight in weights}
+    outlines = [outline(weight, x.dtype) for weight in weights]
+    schedules = {tiles.forward_schedule(x, like, ranks, dropout) for like in outlines}
     if schedules & {"decode", "recompute"}:
         return False
     return schedules != {"overlapped"} or any(n < k for n, k in (w.shape for w in weights))
@@ -149,7 +160,7 @@ def shared_strips(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches])
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     low: Tensor,
     gates: Tensor | None,
     branches: Branches,
@@ -182,7 +193,7 @@ def backward(
 def _rows_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    base: Tensor | QuantizedWeight,
     low: Tensor,
     gates: Tensor | None,
     branches: Branches,
@@ -195,6 +206,7 @@ def _rows_backward(
     needs_x, needs_mixer = needs[:2]
     needs_downs = needs[2 : 2 + count]
     dropout, schedule = branches.threshold > 0, branches.schedule
+    weight = (matrix if needs_x else outline)(base, x.dtype)
     if schedule is None or tiles.unserved(schedule, dy, ranks, dropout, backward=True):
         schedule = tiles.backward_schedule(dy, weight, ranks, dropout)
     joint = joint if ranks.padded <= tiles.WIDE_RANKS else None

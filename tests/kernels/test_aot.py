@@ -25,4 +25,5 @@ def test_ships(target: str, dtype: str) -> None:
     faults = [line for line in done.stdout.splitlines() if not line.endswith("| ok |")]
     assert done.returncode == 0, "\n".join(faults) + done.stderr
     assert done.stdout.count("| ok |") > 20
+    assert all(f"| {kernel} |" in done.stdout for kernel in ("from_blocks", "from_rows"))
     print(done.stdout)
