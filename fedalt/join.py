@@ -136,6 +136,7 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
         if client.id in saved.record["clients"]:
             raise InputError(f"{data}: {run_dir} knows the client {client.id!r}; rename the folder")
     stage = Stage(config, clients, saved.record["classes"])
+    stage.check_training()
     stage.go_on_from(saved)
     for member in stage.known:
         fit_in(stage, saved, member, Path(run_dir))

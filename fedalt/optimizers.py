@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fedalt.config import TrainConfig
-from fedalt.errors import InputError
 from fedalt.extras import bitsandbytes
 from fedalt.states import State
 
@@ -78,7 +77,7 @@ def _paged(package: Any) -> type:
     By itself it never frees one, so every client of every round would cost new ones.
     """
 
-    class Paged(package.PagedAdamW8bit):  # type: ignore[misc]
+    class Paged(package.PagedAdamW8bit):
         def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
             free = _free_pages[p.shape, dtype, p.device]
             return free.pop().zero_() if free else super().get_state_buffer(p, dtype)

@@ -1,4 +1,4 @@
-"""Frozen base weights in few bits: by bitsandbytes as they are loaded, or by our own layer after."""
+"""A base model loaded with its frozen linear layers in few bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from torch import nn
 
 from fedalt.config import ModelConfig
 from fedalt.extras import bitsandbytes
+from fedalt_kernels import Fp8Linear
+
+_KINDS = ("Linear4bit", "Linear8bitLt", "Fp8Linear")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer's weight is one that ``fedalt_kernels.QuantizedWeight`` reads."""
+    return type(module).__name__ in _KINDS
 
 
 def loading_options(config: ModelConfig) -> dict[str, Any]:
@@ -41,15 +49,18 @@ def loading_options(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def finish_loading(model: nn.Module, head: nn.Module | None, config: ModelConfig) -> nn.Module:
+def finish_loading(model: Any, head: nn.Module | None, config: ModelConfig) -> None:
     """Puts a loaded model on its device, with its linear layers but ``head`` in fp8 if wanted."""
     if config.quantization in ("nf4", "int8"):
-        return model
+        for module in model.modules():
+            # Else they are packed anew when first evaluated on a CPU: then all that follows would
+            # have other bits than a resumed run's.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return
     if config.quantization == "fp8":
-        from fedalt_kernels import Fp8Linear
-
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and module is not head:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, Fp8Linear.from_linear(module))
-    return model.to(config.device)
+    model.to(config.device)
