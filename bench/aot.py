@@ -33,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fedalt_kernels import fused
 from fedalt_kernels.adapter import Branches
 from fedalt_kernels.checks import SCHEDULES
+from fedalt_kernels.quantized import QuantizedWeight
 from fedalt_kernels.triton import tiles
 
 from .measure import markdown
@@ -55,7 +56,16 @@ TARGETS = {
 }
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 NAMES = tuple(DTYPES.values())
-POINTED = {**DTYPES, torch.int64: "i64", torch.int32: "i32"}
+POINTED = {
+    **DTYPES,
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+}
+# bitsandbytes' storages, then fp8, which is e4m3: sm_80 has none, and gfx942 another one.
+STORAGES = ("nf4", "nested nf4", "int8")
+FP8_TARGETS = ("sm_90", "sm_100")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 M, N, K = 256, 512, 512
 
@@ -128,6 +138,9 @@ def launches(target: str, dtype: torch.dtype) -> list[Launch]:
         setups.append(Setup((64, 64), threshold=13))
         setups.append(Setup((64, 64), rows=64))
         setups.append(Setup((130, 20)))
+    storages = [*STORAGES, "fp8"] if target in FP8_TARGETS else STORAGES
+    setups += [Setup((8, 8), storage=storage) for storage in storages]
+    setups += [Setup((8, 8), rows=tiles.DECODE_ROWS, storage=storage) for storage in storages]
     with _recording(target, found):
         for setup in setups:
             _run_schedules(dtype, setup)
@@ -143,15 +156,18 @@ class Setup(NamedTuple):
     columns: int = K
     transposed: bool = False
     gated: bool = True
+    storage: str = ""  # of a quantized weight
 
 
 def _run_schedules(dtype: torch.dtype, setup: Setup) -> None:
     """Runs every schedule on tensors whose values do not matter."""
-    sizes, threshold, m, k, transposed, gated = setup
+    sizes, threshold, m, k, transposed, gated, storage = setup
     n = k + N - K
     x, weight, dy = (torch.zeros(*shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
     if transposed:
         weight = weight.t().contiguous().t()
+    if storage:
+        weight = _stored(storage, n, k)
     downs = [torch.zeros(size, k) for size in sizes]
     ups = [torch.zeros(n, size) for size in sizes]
     mixer = torch.zeros(len(sizes), k) if gated else None
@@ -170,6 +186,22 @@ def _run_schedules(dtype: torch.dtype, setup: Setup) -> None:
         if tiles.unserved(schedule, dy, ranks, threshold > 0, backward=True) is None:
             forced = branches._replace(schedule=schedule)
             fused.backward(dy, x, weight, low, gates, forced, needs)
+
+
+def _stored(storage: str, n: int, k: int) -> QuantizedWeight:
+    """Zeros in one of the storages, in bitsandbytes' usual blocks."""
+    single, block, nested_block = torch.float32, 64, 256
+    if not storage.endswith("nf4"):
+        dtype = torch.int8 if storage == "int8" else torch.float8_e4m3fn
+        data = torch.zeros(n, k, dtype=dtype)
+        return QuantizedWeight(storage, (n, k), (data, torch.zeros(n, dtype=single)))
+    octets, code = torch.zeros(n * k // 2, dtype=torch.uint8), torch.zeros(16)
+    count = n * k // block
+    if storage == "nf4":
+        return QuantizedWeight("nf4", (n, k), (octets, torch.zeros(count), code), (block,))
+    nested = torch.zeros(count // nested_block), torch.zeros(256), torch.zeros(())
+    tensors = (octets, torch.zeros(count, dtype=torch.uint8), code, *nested)
+    return QuantizedWeight("nf4", (n, k), tensors, (block, nested_block))
 
 
 @contextmanager
@@ -214,6 +246,10 @@ def _described(kernel: JITFunction, given: dict[str, Any]) -> Launch:
         for name in ("TMA", "DROPOUT", "JOINT", "MAKES_UP", "BACKWARD", "BASE")
         if given.get(name)
     ]
+    if given.get("QUANTIZED"):
+        flags += [POINTED[given["weight"].dtype], *map(str, given["BLOCKS"])]
+    elif "target" in given:
+        flags += ["to", POINTED[given["target"].dtype], *map(str, given.get("BLOCKS", ()))]
     named = (given.get(name) for name in ("x", "dy", "left", "source", "down", "words"))
     first = next(value for value in named if value is not None)
     dtype = POINTED[first.dtype if isinstance(first, Tensor) else first.base.dtype]

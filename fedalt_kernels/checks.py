@@ -104,27 +104,16 @@ def check_arguments(
 
 def check_quantized(weight: QuantizedWeight, device: torch.device) -> None:
     """Raises ValueError where the packed tensors are not those of `QuantizedWeight`'s docstring."""
-    kind, (n, k), tensors, blocks = weight
+    kind, _, tensors, blocks = weight
     if kind not in KINDS:
         raise ValueError(f"weight.kind must be one of {', '.join(KINDS)}, got {kind!r}")
     four_bits = kind in ("nf4", "fp4")
     if len(blocks) not in ((1, 2) if four_bits else (0,)):
-        wanted = "(block,) or (block, nested_block)" if four_bits else "()"
-        raise ValueError(f"weight.blocks must be {wanted} for {kind}, got {blocks}")
+        form = "(block,) or (block, nested_block)" if four_bits else "()"
+        raise ValueError(f"weight.blocks must be {form} for {kind}, got {blocks}")
     if any(block < 2 or block & (block - 1) for block in blocks):
         raise ValueError(f"weight.blocks must be powers of two, got {blocks}")
-    single = torch.float32
-    if four_bits:
-        count = -(-n * k // blocks[0])
-        wanted = [
-            (torch.uint8, ((n * k + 1) // 2,)),
-            (torch.uint8 if len(blocks) == 2 else single, (count,)),
-            (single, (16,)),
-        ]
-        if len(blocks) == 2:
-            wanted += [(single, (-(-count // blocks[1]),)), (single, (256,)), (single, ())]
-    else:
-        wanted = [(torch.int8 if kind == "int8" else torch.float8_e4m3fn, (n, k)), (single, (n,))]
+    wanted = _packed(weight)
     if len(tensors) != len(wanted):
         raise ValueError(f"weight.tensors must be {len(wanted)} for {kind}, got {len(tensors)}")
     for i, (tensor, (dtype, shape)) in enumerate(zip(tensors, wanted, strict=True)):
@@ -134,6 +123,20 @@ def check_quantized(weight: QuantizedWeight, device: torch.device) -> None:
                 f"got {list(tensor.shape)}"
             )
         _check_base(f"weight.tensors[{i}]", tensor, dtype, device, whose=kind)
+
+
+def _packed(weight: QuantizedWeight) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of each packed tensor."""
+    single, (n, k), blocks = torch.float32, weight.shape, weight.blocks
+    if not blocks:
+        data = torch.int8 if weight.kind == "int8" else torch.float8_e4m3fn
+        return [(data, (n, k)), (single, (n,))]
+    count = -(-n * k // blocks[0])
+    octets, code = (torch.uint8, (-(-n * k // 2),)), (single, (16,))
+    if len(blocks) == 1:
+        return [octets, (single, (count,)), code]
+    nested = [(single, (-(-count // blocks[1]),)), (single, (256,)), (single, ())]
+    return [octets, (torch.uint8, (count,)), code, *nested]
 
 
 def _check_base(

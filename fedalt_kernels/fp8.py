@@ -18,6 +18,7 @@ class Fp8Linear(nn.Module):
     """
 
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()

@@ -30,12 +30,11 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from .adapter import Branches, Factors
-from .quantized import INT8_RANGE, QuantizedWeight, workspace
+from .quantized import QuantizedWeight
 from .triton import tiles
 from .triton.backward import spread
 from .triton.contract import contract_with_strip
-from .triton.decode import decode, inside_rows
-from .triton.dequantize import dequantize
+from .triton.decode import decode
 from .triton.dropout import mask_words
 from .triton.forward import project, recompute
 from .triton.overlapped import overlapped
@@ -43,6 +42,7 @@ from .triton.overlapped_backward import overlapped_backward
 from .triton.pack import pack
 from .triton.reduce import reduce_down, reduce_up
 from .triton.tiles import Ranks, side_by_side
+from .weights import matrix, octets, outline
 
 MOST_JOINT_RANKS = 16  # of dB made with dP: more shares would weigh as much as a read of dY
 
@@ -96,18 +96,14 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     schedule = branches.schedule
     if schedule is None:
-        like = _like(weight, x.dtype)
+        like = outline(weight, x.dtype)
         schedule = tiles.forward_schedule(x, like, ranks, branches.threshold > 0)
     elif reason := tiles.unserved(schedule, x, ranks, branches.threshold > 0):
         raise RuntimeError(f"schedule {schedule!r} cannot serve this call: {reason}")
-    packed_rows: tuple[Any, ...] = ()
-    if isinstance(weight, QuantizedWeight):
-        if schedule == "decode" and inside_rows(x.shape[1], weight.blocks):
-            octets, *statistics = _as_bytes(weight)
-            packed_rows = statistics, weight.blocks, _divisor(weight)
-            weight = octets.view(weight.shape[0], -1)
-        else:
-            weight = _dense(weight, x.dtype)
+    quantized = None
+    if isinstance(weight, QuantizedWeight) and schedule == "decode":
+        quantized = octets(weight)
+    weight = matrix(weight, x.dtype) if quantized is None else quantized.data
     if strip is not None:
         return _with_strip(x, weight, bias, strip, ranks, schedule)
     weights = _weights(branches)
@@ -115,7 +111,7 @@ def forward(
     if schedule == "decode":
         downs, ups = _sources(branches.downs), _sources(branches.ups)
         mixer = None if branches.mixer is None else branches.mixer.contiguous()
-        return decode(x, weight, bias, downs, ups, mixer, weights, ranks, scaling, *packed_rows)
+        return decode(x, weight, bias, downs, ups, mixer, weights, ranks, scaling, quantized)
     packed = _packed(x, [weight.shape[0]], [branches], ranks)
     down, up = packed.down[0], packed.ups[0]
     router = None if packed.router is None else packed.router[0]
@@ -136,33 +132,6 @@ def _with_strip(
     return y, strip.low, strip.gates
 
 
-def _dense(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """A weight as a matrix: itself, or written out where the next one will be."""
-    if isinstance(weight, Tensor):
-        return weight
-    target = workspace(weight, dtype)
-    if weight.kind == "fp8" and torch.version.hip is not None:  # its own fp8 is another one
-        return weight.dequantize(dtype, target)
-    return dequantize(_as_bytes(weight), weight.blocks, _divisor(weight), target)
-
-
-def _as_bytes(weight: QuantizedWeight) -> list[Tensor]:
-    """A weight's tensors, fp8 as plain bytes, of which a masked load can make zeros."""
-    data, *statistics = weight.tensors
-    return [data.view(torch.uint8) if weight.kind == "fp8" else data, *statistics]
-
-
-def _divisor(weight: QuantizedWeight) -> float:
-    return float(INT8_RANGE) if weight.kind == "int8" else 1.0
-
-
-def _like(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """A matrix of the weight's shape and alignment, to choose a schedule by."""
-    if isinstance(weight, Tensor):
-        return weight
-    return torch.empty(weight.shape, dtype=dtype, device="meta")
-
-
 def worth_sharing(
     x: Tensor, weights: Sequence[Tensor | QuantizedWeight], sizes: Sequence[int], dropout: bool
 ) -> bool:
@@ -172,8 +141,8 @@ def worth_sharing(
     its own tiles cannot hide one.
     """
     ranks = side_by_side(sizes, x.dtype)
-    matrices = [_like(weight, x.dtype) for weight in weights]
-    schedules = {tiles.forward_schedule(x, matrix, ranks, dropout) for matrix in matrices}
+    outlines = [outline(weight, x.dtype) for weight in weights]
+    schedules = {tiles.forward_schedule(x, like, ranks, dropout) for like in outlines}
     if schedules & {"decode", "recompute"}:
         return False
     return schedules != {"overlapped"} or any(n < k for n, k in (w.shape for w in weights))
@@ -237,7 +206,7 @@ def _rows_backward(
     needs_x, needs_mixer = needs[:2]
     needs_downs = needs[2 : 2 + count]
     dropout, schedule = branches.threshold > 0, branches.schedule
-    weight = _dense(base, x.dtype) if needs_x else _like(base, x.dtype)
+    weight = (matrix if needs_x else outline)(base, x.dtype)
     if schedule is None or tiles.unserved(schedule, dy, ranks, dropout, backward=True):
         schedule = tiles.backward_schedule(dy, weight, ranks, dropout)
     joint = joint if ranks.padded <= tiles.WIDE_RANKS else None

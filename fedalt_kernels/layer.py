@@ -52,8 +52,8 @@ class MixedLoRALinear(nn.Module):
         impl: see `mixed_lora_linear`.
 
     Raises:
-        TypeError: the base is of another kind, its weight is not floating point, or it stands in
-            a quantized layer that has not been moved to its device yet.
+        TypeError: the base is of another kind, its weight is not floating point, or it waits to
+            be quantized when it is moved to its device.
         ValueError: rank, alpha, dropout or mixer is out of range, or a quantized weight is not
             stored as `QuantizedWeight` says.
     """

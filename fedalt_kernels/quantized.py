@@ -25,7 +25,13 @@ INT8_RANGE = 127
 # 1 MiB of float32: larger pieces leave the cache, smaller ones cost calls.
 PIECE_ELEMENTS = 2**18
 
-_held = threading.local()
+
+class _Held(threading.local):
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
+
+
+_held = _Held()
 
 
 class QuantizedWeight(NamedTuple):
@@ -104,10 +110,10 @@ def workspace(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     n, k = weight.shape
     if weight.device.type != "cpu":
         return torch.empty(n, k, dtype=dtype, device=weight.device)
-    held = _held.__dict__.get(dtype)
+    held = _held.by_dtype.get(dtype)
     if held is None or held.numel() < n * k:
         with torch.inference_mode(False):  # or it could not be written to outside of that mode
-            held = _held.__dict__[dtype] = torch.empty(n * k, dtype=dtype)
+            held = _held.by_dtype[dtype] = torch.empty(n * k, dtype=dtype)
     return held[: n * k].view(n, k)
 
 

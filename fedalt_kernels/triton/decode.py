@@ -13,6 +13,7 @@ that a whole launch takes at N = K = 4096.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -237,11 +238,6 @@ def _decode(
     leave_clean(counts, 3)
 
 
-def inside_rows(columns: int, blocks: tuple[int, ...]) -> bool:
-    """Whether blocks and bytes of a quantized weight with this many columns end with its rows."""
-    return not blocks or columns % max(2, blocks[0]) == 0
-
-
 def decode(
     x: Tensor,
     weight: Tensor,
@@ -252,18 +248,15 @@ def decode(
     weights: Sequence[float],
     ranks: Ranks,
     scaling: float,
-    statistics: Sequence[Tensor] = (),
-    blocks: tuple[int, ...] = (),
-    divisor: float = 1.0,
+    quantized: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [M, N], P [M, R] and the gates [M, E] or None, for up to 64 rows, without dropout.
 
     Args:
-        x, weight, bias: as of `overlapped`; of a quantized weight, its data as N rows.
+        x, weight, bias: as of `overlapped`.
         downs, ups: E of A_e [r_e, K] and of B_e [N, r_e], contiguous and of one dtype.
         mixer: [E, K], contiguous, or None.
-        statistics, blocks, divisor: of a quantized weight, as of `dequantize`; blocks must be
-            inside of rows, see `inside_rows`.
+        quantized: what `weights.octets` made of a quantized weight, whose data is then `weight`.
     """
     m, k = x.shape
     n, e = weight.shape[0], len(downs)
@@ -278,7 +271,7 @@ def decode(
     _decode[(SLICES + triton.cdiv(n, tile.n),)](
         x=x,
         weight=rows,
-        statistics=tuple(statistics) or None,
+        statistics=quantized.statistics if quantized else None,
         bias=bias,
         downs=tuple(downs),
         ups=tuple(ups),
@@ -291,7 +284,7 @@ def decode(
         partial=x.new_empty(SLICES, block_m, width, dtype=torch.float32),
         counts=counters(x.device, 3),
         scaling=float(scaling),
-        divisor=divisor,
+        divisor=quantized.divisor if quantized else 1.0,
         M=m,
         stride_x=x.stride(0),
         stride_weight=rows.stride(0),
@@ -309,8 +302,8 @@ def decode(
         BIAS=bias is not None,
         GATED=mixer is not None,
         OUT_MAJOR=rows is weight,
-        QUANTIZED=len(statistics) > 0,
-        BLOCKS=blocks,
+        QUANTIZED=quantized is not None,
+        BLOCKS=quantized.blocks if quantized else (),
         PRECISION=precision(x.dtype),
         num_warps=tile.warps,
     )
