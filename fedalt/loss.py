@@ -56,25 +56,27 @@ def token_losses(model: nn.Module, batch: Batch, chunk: int | None = None) -> Te
 
 @torch.no_grad()
 def mark_chunkable(model: nn.Module) -> None:
-    """Finds out, by a forward of two tokens, whether the logits are what the model's head makes.
+    """Finds out whether a model's logits are what its head makes, from a forward of two tokens.
 
-    A model that does more to them, such as a soft cap or a scale, must make them itself.
+    A model that does more to them, such as a soft cap or a scale, must make them itself: numbers
+    that are put in the place of the head's come out changed.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     model.fedalt_chunkable = False  # type: ignore[assignment]
-    if isinstance(head, nn.Linear):
-        seen: dict[str, Tensor] = {}
+    if not isinstance(head, nn.Linear):
+        return
+    seen: list[Tensor] = []
 
-        def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen["hidden"], seen["logits"] = inputs[0], output
+    def swap(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        numbers = torch.linspace(-100, 100, output.numel(), device=output.device)
+        seen.extend((inputs[0], numbers.view_as(output).to(output.dtype)))
+        return seen[1]
 
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
-        with head.register_forward_hook(watch):
-            logits = model(input_ids=ids, use_cache=False).logits
-        same = seen["hidden"].shape[:2] == ids.shape and torch.equal(
-            seen["logits"].float(), logits.float()
-        )
-        model.fedalt_chunkable = same  # type: ignore[assignment]
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+    with head.register_forward_hook(swap):
+        logits = model(input_ids=ids, use_cache=False).logits
+    untouched = torch.equal(logits.float(), seen[1].float())
+    model.fedalt_chunkable = untouched and seen[0].shape[:2] == ids.shape  # type: ignore[assignment]
 
 
 def _losses_in_chunks(model: nn.Module, head: nn.Module, batch: Batch, chunk: int) -> Tensor:
@@ -111,9 +113,8 @@ def _losses_of_chunk(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORED, reduction="none"
-    )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="none")
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
