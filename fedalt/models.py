@@ -50,7 +50,8 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    finish_loading(model, output_head(model), config)
+    head = output_head(model)
+    finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
     model.requires_grad_(False).eval()
     mark_chunkable(model)
     return model, tokenizer

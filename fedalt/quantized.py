@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,12 @@ def is_quantized(module: nn.Module) -> bool:
     return type(module).__name__ in _KINDS
 
 
-def loading_options(config: ModelConfig) -> dict[str, Any]:
+def loading_options(config: ModelConfig, kept: Sequence[str] | None = None) -> dict[str, Any]:
     """What ``from_pretrained`` wants to hear of dtype and quantization.
+
+    Args:
+        config: of the base.
+        kept: names of modules that stay as they are; None: the output head.
 
     Raises:
         InputError: bitsandbytes is wanted and not installed.
@@ -40,7 +45,8 @@ def loading_options(config: ModelConfig) -> dict[str, Any]:
         },
         "int8": {"load_in_8bit": True},
     }
-    quantization = BitsAndBytesConfig(**kinds[config.quantization])
+    # The last one's name is from the days of int8 alone; it holds for both.
+    quantization = BitsAndBytesConfig(**kinds[config.quantization], llm_int8_skip_modules=kept)
     # It quantizes on the device, as it reads: the whole never lies there in its own dtype.
     return {
         "dtype": dtype,
@@ -49,8 +55,8 @@ def loading_options(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def finish_loading(model: Any, head: nn.Module | None, config: ModelConfig) -> None:
-    """Puts a loaded model on its device, with its linear layers but ``head`` in fp8 if wanted."""
+def finish_loading(model: Any, kept: Collection[str], config: ModelConfig) -> None:
+    """Puts a loaded model on its device, in fp8 all linear layers but ``kept`` if wanted."""
     if config.quantization in ("nf4", "int8"):
         for module in model.modules():
             # Else they are packed anew when first evaluated on a CPU: then all that follows would
@@ -60,7 +66,7 @@ def finish_loading(model: Any, head: nn.Module | None, config: ModelConfig) -> N
         return
     if config.quantization == "fp8":
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and module is not head:
+            if type(module) is nn.Linear and name not in kept:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, Fp8Linear.from_linear(module))
     model.to(config.device)

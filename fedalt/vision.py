@@ -43,7 +43,6 @@ def load_image_base(
 
     path = config.path
     folder = str(Path(__file__).parent / "assets" / "vit") if path == BUILTIN_VIT else path
-    options = loading_options(config)
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -58,6 +57,9 @@ def load_image_base(
             names = sorted(set(classes))
             made.id2label = dict(enumerate(names))
             made.label2id = {name: row for row, name in enumerate(names)}
+        head = _head_names(AutoModelForImageClassification, made)
+        modules = {name.rpartition(".")[0] for name in head}
+        options = loading_options(config, sorted(modules))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(HEAD_SEED)
             model: Any = AutoModelForImageClassification.from_pretrained(
@@ -66,35 +68,37 @@ def load_image_base(
                 ignore_mismatched_sizes=new_head,
                 **options,
             )
-            untrained = _start_head(model) - set(trained) if new_head else set()
+            if new_head:
+                _start_head(model, head)
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.path: cannot load {path!r}: {reason}") from None
-    if untrained:
+    untrained = modules - set(trained)
+    if new_head and untrained:
         cure = f"train a new one with lora.modules_to_save=[{', '.join(sorted(untrained))}]"
         raise InputError(f"model.path: the head of {path!r} does not know the classes; {cure}")
-    finish_loading(model, getattr(model, "classifier", None), config)
+    finish_loading(model, modules, config)
     return model.requires_grad_(False).eval(), processor
 
 
 @torch.no_grad()
-def _start_head(model: Any) -> set[str]:
-    """Fresh weights for the head, also where the checkpoint's had the same shape; its modules."""
-    names = _head_names(model)
+def _start_head(model: Any, names: Sequence[str]) -> None:
+    """Fresh weights for the head, also where the checkpoint's had the same shape."""
     for name in names:
         tensor = model.get_parameter(name)
         if tensor.dim() < 2:
             tensor.zero_()
         else:
             tensor.normal_(std=getattr(model.config, "initializer_range", 0.02))
-    return {name.rpartition(".")[0] for name in names}
 
 
-def _head_names(model: Any) -> list[str]:
+def _head_names(kind: Any, config: Any) -> list[str]:
     """The parameters whose shape depends on the number of classes, whatever they are called."""
-    config = copy.deepcopy(model.config)
-    config.num_labels += 1
-    with torch.device("meta"):  # both, since quantized weights have shapes of their own
-        same, larger = type(model)(model.config), type(model)(config)
+    more = copy.deepcopy(config)
+    more.num_labels += 1
+    with torch.device("meta"):
+        model, larger = kind.from_config(config), kind.from_config(more)
     shapes = {name: tensor.shape for name, tensor in larger.named_parameters()}
-    return [name for name, tensor in same.named_parameters() if tensor.shape != shapes[name]]
+    return [name for name, tensor in model.named_parameters() if tensor.shape != shapes[name]]
