@@ -12,13 +12,18 @@ PACKAGES = ("fedalt", "fedalt_kernels")
 
 # Every arrow of the kernels; a module of Triton kernels may import only its own shared parts.
 KERNELS = {
-    "": {"api", "layer"},
+    "": {"api", "fp8", "layer", "quantized"},
     "adapter": set(),
     "dropout": set(),
+    "quantized": set(),
+    "fp8": {"quantized"},
     "reference": {"adapter", "dropout"},
-    "merged": {"adapter", "dropout"},
+    "merged": {"adapter", "dropout", "quantized"},
+    "weights": {"quantized", "triton.dequantize"},
     "fused": {
         "adapter",
+        "quantized",
+        "weights",
         "triton",
         "triton.backward",
         "triton.contract",
@@ -31,13 +36,13 @@ KERNELS = {
         "triton.reduce",
         "triton.tiles",
     },
-    "operators": {"adapter", "fused", "merged"},
-    "autograd": {"adapter", "fused", "merged", "operators"},
-    "choice": {"triton", "triton.workspace"},
-    "checks": {"adapter", "dropout"},
-    "api": {"adapter", "autograd", "checks", "choice", "dropout", "reference"},
+    "operators": {"adapter", "fused", "merged", "quantized"},
+    "autograd": {"adapter", "fused", "merged", "operators", "quantized"},
+    "choice": {"quantized", "triton", "triton.workspace"},
+    "checks": {"adapter", "dropout", "quantized"},
+    "api": {"adapter", "autograd", "checks", "choice", "dropout", "quantized", "reference"},
     "sharing": {"adapter", "choice", "dropout", "fused"},
-    "layer": {"adapter", "api", "checks", "sharing"},
+    "layer": {"adapter", "api", "checks", "quantized", "sharing"},
 }
 # The loop is ordered from the command down: nothing imports what stands above it.
 COMMANDS = ["__main__", "cli", "compare", "export", "run", "rounds", "join", "stage", "tasks"]
@@ -84,9 +89,8 @@ def part(module: str) -> str:
 def test_kernels_follow_their_arrows(module: str) -> None:
     short = module.partition(".")[2]
     if short.startswith("triton"):
-        allowed = {
-            f"triton.{name}" for name in ("primitives", "signals", "strips", "tiles", "workspace")
-        }
+        shared = ("primitives", "quantized", "signals", "strips", "tiles", "workspace")
+        allowed = {f"triton.{name}" for name in shared}
     else:
         allowed = KERNELS[short]
     assert GRAPH[module] <= {f"fedalt_kernels.{name}" for name in allowed}

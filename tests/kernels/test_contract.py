@@ -205,7 +205,7 @@ def test_value_refused(changes: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"x": [1.0]}, "x must be a Tensor, got list"),
-        ({"weight": None}, "weight must be a Tensor, got NoneType"),
+        ({"weight": None}, "weight must be a Tensor or a QuantizedWeight, got NoneType"),
         ({"mixer": [0.5, 0.5]}, "mixer must be a Tensor, a tuple of floats or None, got list"),
         ({"seed": 1.5}, "seed must be an int, a Tensor or None, got float"),
         ({"adapters": [FACTORS.a]}, "adapters[0] must be an Adapter(a, b), got Tensor"),

@@ -32,5 +32,11 @@ def test_works_without_triton_and_reads_no_environment() -> None:
 
 
 def test_public_names() -> None:
-    assert fedalt_kernels.__all__ == ["Adapter", "MixedLoRALinear", "mixed_lora_linear"]
+    assert fedalt_kernels.__all__ == [
+        "Adapter",
+        "Fp8Linear",
+        "MixedLoRALinear",
+        "QuantizedWeight",
+        "mixed_lora_linear",
+    ]
     assert fedalt_kernels.__version__ == "0.1.0"

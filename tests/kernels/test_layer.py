@@ -247,7 +247,7 @@ def test_repr_names_the_settings() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"base": nn.Identity()}, TypeError, "base must be an nn.Linear or a Conv1D, got Identity"),
+        ({"base": nn.Identity()}, TypeError, "or an Fp8Linear, got Identity"),
         ({"rank": 0}, ValueError, "rank must be an integer of at least 1, got 0"),
         ({"rank": 2.0}, ValueError, "rank must be an integer of at least 1, got 2.0"),
         ({"alpha": 0}, ValueError, "alpha must be a positive number, got 0"),
