@@ -138,10 +138,10 @@ def test_no_other_client_is_alive_while_one_trains(small, monkeypatch):
         alive[-1].append(sum(1024 in tensor.shape for tensor in tensors))
 
     monkeypatch.setattr(Progress, "step", count)
-    for clients in (2, 6):
+    for clients in (2, 4):
         alive.append([])
-        config = small(rounds=2, clients=clients)
+        config = small(rounds=1, clients=clients)
         fedalt.Federation(replace(config, method="fedalt-kept-optimizer")).run()
     few, many = alive
-    assert (len(few), len(many)) == (4, 12)
+    assert (len(few), len(many)) == (2, 4)
     assert max(few) == max(many) > 0
