@@ -94,6 +94,7 @@ def export_client(run_dir: str | Path, client_id: str, to: str | Path) -> Path:
             "base": _absolute(config.model.path),
             "base_fingerprint": fingerprint,
             "dtype": config.model.dtype,
+            "quantization": config.model.quantization,
         }
         files[_MIXED] = (json.dumps(mixed, indent=2) + "\n").encode()
         readme += _README_MIXED
@@ -121,14 +122,15 @@ def load_export(folder: str | Path, base: str = "", device: str = "cpu") -> tupl
         rank, alpha, dropout = mixed["rank"], mixed["alpha"], mixed["dropout"]
         targets, heads = mixed["layers"], mixed["modules_to_save"]
         fingerprint, dtype = mixed["base_fingerprint"], mixed["dtype"]
-        classes = mixed["classes"]
+        classes, quantization = mixed["classes"], mixed.get("quantization", "none")
         mixers = load_file(folder / _MIXERS) if mixer in (True, _SCALAR) else {}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         raise InputError(f"{folder / _MIXED}: missing or damaged; export it again") from None
+    where = ModelConfig(path, dtype, device, quantization)
     if classes:
-        model, tool = load_image_base(path, dtype, device, classes, heads)
+        model, tool = load_image_base(where, classes, heads)
     else:
-        model, tool = load_base(ModelConfig(path, dtype, device))
+        model, tool = load_base(where)
     mixer = tuple(mixer) if isinstance(mixer, list) else mixer
     inject(model, rank, alpha, dropout, targets, mixer=mixer, modules_to_save=heads)
     if base_fingerprint(model) != fingerprint:

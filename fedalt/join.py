@@ -87,10 +87,16 @@ def fit_in(stage: Stage, saved: Checkpoint, member: Member, run_dir: Path) -> No
     train_client(
         stage.model,
         stage.examples(member).train,
-        replace(config.train, epochs=epochs, max_steps=None),
+        replace(
+            config.train,
+            epochs=epochs,
+            max_steps=None,
+            micro_batch=saved.record.get("micro_batch"),
+        ),
         stage.task.loss,
         trains=method.trains,
         seed=derive_seed(config.seed, config.rounds + 1, member.id),
+        count=stage.task.count,
     )
     note(epochs)
     folder = run_dir / JOINED
@@ -136,6 +142,7 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
         if client.id in saved.record["clients"]:
             raise InputError(f"{data}: {run_dir} knows the client {client.id!r}; rename the folder")
     stage = Stage(config, clients, saved.record["classes"])
+    stage.check_training()
     stage.go_on_from(saved)
     for member in stage.known:
         fit_in(stage, saved, member, Path(run_dir))

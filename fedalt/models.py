@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedalt.config import BUILTIN_BASE, ModelConfig
 from fedalt.errors import InputError, first_line
+from fedalt.loss import mark_chunkable
+from fedalt.quantized import finish_loading, is_quantized, loading_options
 from fedalt_kernels import MixedLoRALinear
 
 ALL_LINEAR = "all-linear"
-OTHER_LINEAR = ("Conv1D", "Fp8Linear")  # linear layers that are no nn.Linear
 # Names under which layers of one module read the same input, in the order in which they are called.
 READ_ONE_INPUT = [
     ("q_proj", "k_proj", "v_proj"),
@@ -28,28 +30,38 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     """The frozen base model in evaluation mode and its tokenizer, padding on the left.
 
     Raises:
-        InputError: no such model, or no such device.
+        InputError: no such model or device, or a package is missing that its quantization wants.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = config.path
     if path == BUILTIN_BASE:
         path = str(Path(__file__).parent / "assets" / "base")
+    options = loading_options(config)
     try:
-        device = torch.empty(0, device=config.device).device
+        torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise InputError(f"model.device: {config.device!r} cannot be used: {reason}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
-    except (OSError, ValueError) as error:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = first_line(error)
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(device)
-    return model.requires_grad_(False).eval(), tokenizer
+    head = output_head(model)
+    finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
+    model.requires_grad_(False).eval()
+    mark_chunkable(model)
+    return model, tokenizer
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits of tokens or classes, where the model tells."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head or getattr(model, "classifier", None)
 
 
 def inject(
@@ -110,10 +122,9 @@ def inject(
 @torch.no_grad()
 def _try_out(layer: MixedLoRALinear) -> None:
     """Refuses an implementation that cannot run, before anything is trained with it."""
+    like = layer.weight if isinstance(layer.weight, Tensor) else layer.individual.a
     try:
-        weight = layer.weight
-        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
-        layer(torch.zeros(1, layer.in_features, dtype=dtype, device=weight.device))
+        layer(like.new_zeros(1, layer.in_features))
     except RuntimeError as error:
         raise InputError(f"lora.impl: {error}") from None
 
@@ -125,6 +136,11 @@ def _train_whole(model: nn.Module, names: Sequence[str]) -> None:
         if name not in modules:
             known = ", ".join(child for child, _ in model.named_children())
             raise InputError(f"lora.modules_to_save: no module is named {name!r}; known: {known}")
+        if any(is_quantized(inner) for inner in modules[name].modules()):
+            raise InputError(
+                f"lora.modules_to_save: {name!r} is quantized; leave it out, or set "
+                "model.quantization=none"
+            )
         module = modules[name].requires_grad_(True)
         others = [p for n, m in modules.items() if m is not module for p in m.parameters(False)]
         if {id(p) for p in module.parameters(False)} & {id(p) for p in others}:
@@ -151,12 +167,11 @@ def _share_inputs(module: nn.Module) -> None:
 
 def _target_names(model: nn.Module, wanted: tuple[str, ...]) -> list[str]:
     """Dotted names of the layers to replace, in the model's order."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    head = head or getattr(model, "classifier", None)
+    head = output_head(model)
     linear = {
         name: module
         for name, module in model.named_modules()
-        if name and (isinstance(module, nn.Linear) or type(module).__name__ in OTHER_LINEAR)
+        if name and (_is_linear(module) or is_quantized(module))
     }
     body = [name for name, module in linear.items() if module is not head]
     if wanted == (ALL_LINEAR,):
@@ -171,6 +186,10 @@ def _target_names(model: nn.Module, wanted: tuple[str, ...]) -> list[str]:
                 f"lora.target_modules: no linear layer is named {target!r}; {hint}known: {known}"
             )
     return [name for name in linear if any(_matches(name, target) for target in wanted)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _matches(name: str, target: str) -> bool:

@@ -64,11 +64,11 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     Returns:
         ``metric``, the main one; ``round``, the last evaluated; ``clients`` by id, each with
         ``base`` (round 0), ``last``, ``best`` (by the main metric), ``curve``, the two adapters
-        alone (``individual``, ``rest_of_world``), ``gates`` by layer, and counts; ``mean`` of
-        each over the clients; ``worst`` and ``spread`` (population standard deviation) of the
-        last main metric; ``curve``, the means and the bytes moved so far by round; ``traffic``;
-        ``faults``; and ``unseen``, the same of clients that took no part in the training. A key
-        that has nothing to hold is absent from its client.
+        alone (``individual``, ``rest_of_world``), ``gates`` by layer, ``micro_batch`` where no
+        whole batch was run at once, and counts; ``mean`` of each over the clients; ``worst`` and
+        ``spread`` (population standard deviation) of the last main metric; ``curve``, the means
+        and the bytes moved so far by round; ``traffic``; ``faults``; and ``unseen``, the same of
+        clients that took no part. A key that has nothing to hold is absent from its client.
     """
     known: dict[str, list[Event]] = defaultdict(list)
     unseen: dict[str, list[Event]] = defaultdict(list)
@@ -136,6 +136,8 @@ def run_page(
         "sent by clients": f"{tables.mib(traffic['sent'])} MiB",
         "received by clients": f"{tables.mib(traffic['received'])} MiB",
     }
+    if parts := [c["micro_batch"] for c in results["clients"].values() if "micro_batch" in c]:
+        facts["examples run at once"] = str(min(parts))
     moved = sum(traffic.values())
     price = [(r["bytes"] / 2**20, r[metric]) for r in results["curve"] if moved and metric in r]
     caption = f"mean {tables.label(metric)} by MiB sent and received so far"
@@ -252,14 +254,15 @@ def _client(events: Sequence[Event], main: str) -> dict[str, Any]:
             client[event["part"]] = metrics_of(event)
     for event in kinds["gates"]:
         client["gates"] = dict(event["layers"])
+    if parts := [event["micro_batch"] for event in kinds["train"] if "micro_batch" in event]:
+        client["micro_batch"] = parts[-1]
     return {
         **client,
         "trained_rounds": len({event["round"] for event in kinds["train"]}),
         "refused": len(kinds["refuse"]),
         "failed": len(kinds["fail"]),
         "late": len(kinds["late"]),
-        "sent": sum(event["sent"] for event in kinds["traffic"]),
-        "received": sum(event["received"] for event in kinds["traffic"]),
+        **{way: sum(event[way] for event in kinds["traffic"]) for way in ("sent", "received")},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ class Play:
 
     Attributes:
         before: the checkpoint that the round starts from; ``draft``: the one that it writes.
+        micro_batch: the examples that memory holds at once, so far as it is known; None: a batch.
         finished: by id, the clients whose training counts, with the norm of their change.
         results: by id, what their training said.
         updates: by id, what they handed in; a client that sends nothing is not in it.
@@ -41,6 +42,7 @@ class Play:
     draft: Draft
     journal: Journal
     progress: Progress
+    micro_batch: int | None
     finished: dict[str, float] = field(default_factory=dict)
     results: dict[str, TrainResult] = field(default_factory=dict)
     updates: dict[str, StoredState] = field(default_factory=dict)
@@ -65,7 +67,10 @@ class Play:
         self._refuse_the_unlike()
         for client in self.finished:
             result = self.results[client]
-            self.journal.write("train", self.number, client, loss=result.loss, steps=result.steps)
+            told: dict[str, float] = {"loss": result.loss, "steps": result.steps}
+            if result.micro_batch and result.micro_batch < self.stage.config.train.batch_size:
+                told["micro_batch"] = result.micro_batch
+            self.journal.write("train", self.number, client, **told)
         self.progress.trained([self.results[client].loss for client in self.finished])
         missing = late(list(self.updates), self.number, self.stage.config)
         for client in missing:
@@ -90,10 +95,11 @@ class Play:
             result = train_client(
                 stage.model,
                 stage.examples(member).train,
-                stage.config.train,
+                replace(stage.config.train, micro_batch=self.micro_batch),
                 stage.task.loss,
                 trains=stage.trains(client),
                 seed=derive_seed(stage.config.seed, self.number, client),
+                count=stage.task.count,
                 optimizer=moments if keeps else None,
                 on_step=self.progress.step,
             )
@@ -101,6 +107,7 @@ class Play:
             update = hand_in(trained, stage.sends(client), client)
         except Exception as error:  # one client's fault must not end the others' round
             return f"{client}: {self.journal.fail(self.number, client, error)}; see errors.log"
+        self.micro_batch = result.micro_batch
         known = stage.sent_part(client, state)
         reason = robust.fault(update, known) or robust.fault(trained, state)
         if reason:

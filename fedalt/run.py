@@ -31,6 +31,7 @@ from fedalt.gates import GateMeter
 from fedalt.join import fit_in, joined_clients, score
 from fedalt.journal import Journal, Progress
 from fedalt.methods import get_method
+from fedalt.micro import out_of_memory
 from fedalt.rounds import Play
 from fedalt.rundir import (
     CONFIG,
@@ -99,6 +100,7 @@ class Federation:
         write_atomic(out / CONFIG, config.to_yaml())
 
         done = saved.round if saved else -1
+        micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
         kept = saved.record["metrics_bytes"] if saved else 0
         with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
             for number in range(done + 1, config.rounds + 1):
@@ -106,7 +108,8 @@ class Federation:
                 if saved is None:
                     sent = _begin(stage, draft)
                 else:
-                    sent = Play(stage, number, saved, draft, journal, progress).run()
+                    play = Play(stage, number, saved, draft, journal, progress, micro_batch)
+                    sent, micro_batch = play.run(), play.micro_batch
                 if number % config.evaluate.every == 0 or number == config.rounds:
                     _evaluate(stage, draft, number, journal, progress)
                 journal.sync()
@@ -117,6 +120,7 @@ class Federation:
                     "settings": settings_of(config),
                     "metrics_bytes": journal.size,
                     "sent": sent,
+                    "micro_batch": micro_batch,
                 }
                 started = time.perf_counter()
                 saved = draft.commit(record, keep=config.save_total_limit)
@@ -169,7 +173,9 @@ def _evaluate(
         try:
             scores = score(stage, member, meter)
             alone = {part: _score_alone(stage, member, part) for part in parts if apart}
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             size = stage.config.evaluate.batch_size
             if number == 0:
                 raise RunFailed(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fedalt import models, states
+from fedalt.activations import check_recomputes
 from fedalt.checkpoint import SERVER, Checkpoint, StateFolder, StoredState
 from fedalt.cohort import derive_seed, held_out, places
 from fedalt.config import Config
@@ -18,6 +19,7 @@ from fedalt.data import Client, load_clients
 from fedalt.errors import InputError
 from fedalt.method import Method
 from fedalt.methods import get_method
+from fedalt.optimizers import check_optimizer
 from fedalt.peft_files import read_peft_adapter
 from fedalt.states import INDIVIDUAL, REST_OF_WORLD, State, as_rest_of_world
 from fedalt.tasks import ImageTask, Task, TextTask
@@ -184,6 +186,12 @@ class Stage:
         parts = self.sends(client)
         return state.only(lambda name: any(states.is_part(name, part) for part in parts))
 
+    def check_training(self) -> None:
+        """Refuses, with ``InputError``, training that this model or machine cannot do."""
+        check_optimizer(self.config.train)
+        if self.config.train.gradient_checkpointing:
+            check_recomputes(self.model)
+
 
 def check(config: Config, clients: Sequence[str]) -> None:
     """Refuses settings that do not fit the clients or the method.
@@ -242,6 +250,7 @@ def set_stage(config: Config) -> Stage:
     clients = load_clients(config.data, config.partition, config.seed)
     check(config, [client.id for client in clients])
     stage = Stage(config, clients)
+    stage.check_training()
     for client in config.lora.client_starts:
         stage.first_state(client)
     return stage
@@ -251,12 +260,15 @@ def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]
     """The base with fresh adapters as the config's method wants them, and its task."""
     method: Method = get_method(config.method)
     lora, base = config.lora, config.model
+    if method.changes_base and base.quantization != "none":
+        raise InputError(
+            f"model.quantization: {method.name} adds to the base weights, which "
+            f"{base.quantization} cannot take; use none"
+        )
     task: Task
     model: Any
     if config.data.kind == "image":
-        model, processor = load_image_base(
-            base.path, base.dtype, base.device, classes, lora.modules_to_save
-        )
+        model, processor = load_image_base(base, classes, lora.modules_to_save)
         task = ImageTask(config, processor, dict(model.config.label2id))
     else:
         model, tokenizer = models.load_base(base)

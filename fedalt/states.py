@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fedalt.errors import InputError
-from fedalt_kernels import MixedLoRALinear
+from fedalt.quantized import is_quantized
+from fedalt_kernels import MixedLoRALinear, QuantizedWeight
 
 State = dict[str, Tensor]
 """Tensors by name, such as ``model.layers.0.self_attn.q_proj.individual.a``."""
@@ -107,28 +107,37 @@ def fresh_state(model: nn.Module, seed: int) -> State:
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, first values and sums of the frozen weights, to know the base by.
 
-    The sums are of the numbers' bits, as whole numbers, so they are the same in any order.
+    The sums are of the numbers' bits, as whole numbers, so they are the same in any order. Of a
+    quantized weight, its scales count as well.
     """
     digest = hashlib.sha256()
     adapters = {name for name, _ in client_tensors(model)}
-    for name, tensor in model.named_parameters():
-        if name not in adapters:
-            head = tensor.detach().flatten()[:1024].float().cpu()
+    packed = {
+        f"{name}.weight": QuantizedWeight.of(module).tensors
+        for name, module in model.named_modules()
+        if is_quantized(module)
+    }
+    for name, parameter in model.named_parameters():
+        for tensor in () if name in adapters else packed.get(name, (parameter.detach(),)):
+            head = tensor.flatten()[:1024].float().cpu()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(head.numpy().tobytes())
-            bits = tensor.detach().view(_BITS[tensor.element_size()])
+            bits = tensor.view(_BITS[tensor.element_size()])
             digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
     return digest.hexdigest()
 
 
 class BaseWeights:
-    """The adapted layers' base weights as they were loaded, for methods that add to them."""
+    """The adapted layers' base weights as they were loaded, for methods that add to them.
+
+    A quantized one takes no sum; ``stage.load_model`` refuses these methods with it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Copies every adapted layer's weight [N, K] into host memory."""
         self._model = model
         self._first = {
-            name: _matrix(name, layer).to("cpu", copy=True) for name, layer in mixed_layers(model)
+            name: _dense(layer).to("cpu", copy=True) for name, layer in mixed_layers(model)
         }
 
     @torch.no_grad()
@@ -138,14 +147,12 @@ class BaseWeights:
             weight = self._first[name]
             if name in change:
                 weight = (weight.float() + change[name]).to(weight.dtype)
-            _matrix(name, layer).copy_(weight)
+            _dense(layer).copy_(weight)
 
 
-def _matrix(name: str, layer: MixedLoRALinear) -> Tensor:
-    weight = layer.weight
-    if not isinstance(weight, Tensor):
-        raise InputError(f"this method adds to base weights, but that of {name!r} is quantized")
-    return weight
+def _dense(layer: MixedLoRALinear) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
 def client_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from fedalt.config import ModelConfig
 from fedalt.data.digits import DIGITS, client_images, digits_clients, public_digits
 from fedalt.data.images import ImageRecord, pixels
 from fedalt.vision import load_image_base
@@ -160,7 +161,7 @@ def main() -> None:
     model.half().save_pretrained(args.out)
     processor.save_pretrained(args.out)
     names = sorted(model.config.label2id)
-    saved, processor = load_image_base(str(args.out), "float32", "cpu", names)
+    saved, processor = load_image_base(ModelConfig(str(args.out)), names)
     plain = accuracy(saved, processor, client_images())
     print(f"{'unaltered':>12} {plain:5.1f} %")
     scores = {}

@@ -96,9 +96,9 @@ def test_kernels_follow_their_arrows(module: str) -> None:
     assert GRAPH[module] <= {f"fedalt_kernels.{name}" for name in allowed}
 
 
-def test_only_models_and_states_use_the_kernels_and_only_their_public_names() -> None:
+def test_only_models_states_and_quantized_use_the_kernels_and_only_their_public_names() -> None:
     users = {m for m, found in LOOP.items() if any(f.startswith("fedalt_kernels") for f in found)}
-    assert users == {"fedalt.models", "fedalt.states"}
+    assert users == {"fedalt.models", "fedalt.quantized", "fedalt.states"}
     for user in users:
         for node in ast.walk(ast.parse(SOURCES[user].read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from transformers import ViTImageProcessorPil
 
-from fedalt.config import BUILTIN_VIT
+from fedalt.config import BUILTIN_VIT, ModelConfig
 from fedalt.data import digits
 from fedalt.data.digits import DOMAINS, client_digits, digits_clients, public_digits, seen_by
 from fedalt.data.images import ImageRecord, domain_clients, pixels, read_image_folder
@@ -187,7 +187,7 @@ def test_fingerprints_tell_records_apart(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return load_image_base(BUILTIN_VIT, "float32", "cpu", DIGIT_NAMES)
+    return load_image_base(ModelConfig(BUILTIN_VIT), DIGIT_NAMES)
 
 
 def test_pixels_by_hand(base: Base) -> None:
@@ -254,7 +254,7 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
 
 
 def head_for(classes: list[str]) -> tuple[dict[str, int], torch.Tensor]:
-    model = load_image_base(BUILTIN_VIT, "float32", "cpu", classes, ("classifier",))[0]
+    model = load_image_base(ModelConfig(BUILTIN_VIT), classes, ("classifier",))[0]
     return model.config.label2id, model.classifier.weight
 
 
@@ -292,8 +292,8 @@ def test_the_base_is_frozen_and_knows_upright_digits(base: Base) -> None:
 
 def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\Amodel\.path: cannot load .*\Z"):
-        load_image_base(str(tmp_path), "float32", "cpu", ["cat"])
+        load_image_base(ModelConfig(str(tmp_path)), ["cat"])
     with pytest.raises(InputError, match=r"model\.device: 'nonsense' cannot be used"):
-        load_image_base(BUILTIN_VIT, "float32", "nonsense", ["cat"])
+        load_image_base(ModelConfig(BUILTIN_VIT, device="nonsense"), ["cat"])
     with pytest.raises(InputError, match=r"does not know.*lora\.modules_to_save=\[classifier\]"):
-        load_image_base(BUILTIN_VIT, "float32", "cpu", ["cat"])
+        load_image_base(ModelConfig(BUILTIN_VIT), ["cat"])

@@ -1,8 +1,8 @@
 """Memory: no growth over many rounds, and a peak that does not depend on the number of clients.
 
-Each run is a process of its own, so that nothing else counts. On the tiny base a rank of 1024 makes
-a client's state, 1 MiB, large beside all else that a round makes. The bounds are a tenth of what it
-would take to keep one state a round, or one a client.
+Each measured run is a process of its own, so that nothing else counts. On the tiny base a rank of
+1024 makes a client's state, 1 MiB, large beside all else that a round makes. The bounds are a tenth
+of what it would take to keep one state a round, or one a client.
 """
 
 import gc
@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fedalt
 from fedalt.checkpoint import Draft, load_latest
+from fedalt.journal import Progress
 from tests.conftest import write_client
 from tests.federation.test_run import quick
 
@@ -122,3 +124,24 @@ def test_peak_memory_does_not_depend_on_the_number_of_clients(small, tmp_path):
         peaks[clients] = measured(config, tmp_path)["peak"]
     print(f"peaks {peaks[8] / 2**20:.1f} and {peaks[100] / 2**20:.1f} MiB")
     assert peaks[100] - peaks[8] < TENTH * 92 * state_bytes(config)
+
+
+def test_no_other_client_is_alive_while_one_trains(small, monkeypatch):
+    """Of A's and B's shape there are at every step the model's own, their gradients and moments,
+    and what the trained client's round started from, however many clients there are: the others'
+    adapters and moments are on disk, whatever device the model is on."""
+    alive = []
+
+    def count(self):
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        alive[-1].append(sum(1024 in tensor.shape for tensor in tensors))
+
+    monkeypatch.setattr(Progress, "step", count)
+    for clients in (2, 4):
+        alive.append([])
+        config = small(rounds=1, clients=clients)
+        fedalt.Federation(replace(config, method="fedalt-kept-optimizer")).run()
+    few, many = alive
+    assert (len(few), len(many)) == (2, 4)
+    assert max(few) == max(many) > 0
