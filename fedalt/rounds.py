@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedalt import robust, states
 from fedalt.checkpoint import CLIENTS, NEXT, OPTIMIZER, SERVER, Checkpoint, Draft, StoredState
-from fedalt.client import TrainResult, train_client
+from fedalt.client import train_client
 from fedalt.cohort import derive_seed, drawn, late
 from fedalt.errors import RunFailed
 from fedalt.journal import Journal, Progress
@@ -32,7 +32,7 @@ class Play:
         before: the checkpoint that the round starts from; ``draft``: the one that it writes.
         micro_batch: the examples that memory holds at once, so far as it is known; None: a batch.
         finished: by id, the clients whose training counts, with the norm of their change.
-        results: by id, what their training said.
+        told: by id, what their training said.
         updates: by id, what they handed in; a client that sends nothing is not in it.
     """
 
@@ -44,7 +44,7 @@ class Play:
     progress: Progress
     micro_batch: int | None
     finished: dict[str, float] = field(default_factory=dict)
-    results: dict[str, TrainResult] = field(default_factory=dict)
+    told: dict[str, dict[str, float]] = field(default_factory=dict)
     updates: dict[str, StoredState] = field(default_factory=dict)
 
     def run(self) -> dict[str, int]:
@@ -66,12 +66,8 @@ class Play:
         started = time.perf_counter()
         self._refuse_the_unlike()
         for client in self.finished:
-            result = self.results[client]
-            told: dict[str, float] = {"loss": result.loss, "steps": result.steps}
-            if result.micro_batch and result.micro_batch < self.stage.config.train.batch_size:
-                told["micro_batch"] = result.micro_batch
-            self.journal.write("train", self.number, client, **told)
-        self.progress.trained([self.results[client].loss for client in self.finished])
+            self.journal.write("train", self.number, client, **self.told[client])
+        self.progress.trained([self.told[client]["loss"] for client in self.finished])
         missing = late(list(self.updates), self.number, self.stage.config)
         for client in missing:
             self.journal.write("late", self.number, client)
@@ -119,7 +115,9 @@ class Play:
         if update:
             self.updates[client] = self.draft.put(UPDATE, client, update)
         self.finished[client] = robust.change_norm(update, known)
-        self.results[client] = result
+        self.told[client] = {"loss": result.loss, "steps": result.steps}
+        if result.micro_batch and result.micro_batch < stage.config.train.batch_size:
+            self.told[client]["micro_batch"] = result.micro_batch
         self.journal.time(self.number, "train", client, time.perf_counter() - started)
         return ""
 

@@ -197,7 +197,7 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
         for client in EXAMPLES
     }
 
-    def train(model, examples, settings, loss, *, trains, seed, optimizer, on_step):
+    def train(model, examples, settings, loss, *, trains, seed, count, optimizer, on_step):
         number, client = turn = turns[seed]
         assert len(examples) == EXAMPLES[client]
         seen.before[turn], seen.moments[turn] = states.adapter_state(model), optimizer
