@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_readme_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     layer: dict = {}
     exec(blocks[0], layer)
     assert layer["y"].shape == (4, 512, 1024)
@@ -30,6 +30,8 @@ def test_the_readme_code_runs():
     tensors = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
     exec(blocks[2], tensors)
     assert tensors["y"].shape == (70, 24)
+    exec(blocks[3], layer)
+    assert layer["w"].shape == (1024, 1024)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
