@@ -20,11 +20,19 @@ MOST_LOGITS = 2**24
 def answer_loss(
     model: nn.Module, batch: Batch, reduction: str = "mean", chunk: int | None = None
 ) -> Tensor:
-    """Cross entropy of the answers' tokens in nats: ``mean`` over them, or their ``sum``."""
-    losses = token_losses(model, batch, chunk)
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / (batch.labels[:, 1:] != IGNORED).sum()
+    """Cross entropy of the answers' tokens in nats: ``mean`` over them, or their ``sum``.
+
+    On a GPU where Liger-Kernel is installed, its fused loss takes the place of the chunks.
+    """
+    chunked = _chunks(model, batch, chunk)
+    fused = _fused_loss(chunked[0], batch.labels.device) if chunked else None
+    if chunked and fused and torch.is_grad_enabled():
+        head = chunked[0]
+        hidden, labels, _ = _at_answers(model, head, batch)
+        total = fused(head.weight, hidden, labels, head.bias)
+    else:
+        total = token_losses(model, batch, chunk).sum()
+    return total if reduction == "sum" else total / (batch.labels[:, 1:] != IGNORED).sum()
 
 
 def token_losses(model: nn.Module, batch: Batch, chunk: int | None = None) -> Tensor:
@@ -40,15 +48,8 @@ def token_losses(model: nn.Module, batch: Batch, chunk: int | None = None) -> Te
         model: a causal language model.
         chunk: tokens; None: as many as make 2^24 logits.
     """
-    positions = batch.labels.shape[0] * (batch.labels.shape[1] - 1)
-    if getattr(model, "fedalt_chunkable", False):
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        # Where an adapted head is only scored, somebody may watch its gates at every position.
-        if not (isinstance(head, nn.Linear) or torch.is_grad_enabled()):
-            chunk = positions
-        chunk = chunk or max(1, MOST_LOGITS // head.out_features)
-        if positions > chunk:
-            return _losses_in_chunks(model, head, batch, chunk)
+    if chunked := _chunks(model, batch, chunk):
+        return _losses_in_chunks(model, batch, *chunked)
     logits = model(**_inputs(model, batch)).logits[:, -batch.labels.shape[1] : -1]
     losses = _cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
     return losses.view(logits.shape[:2])
@@ -79,20 +80,50 @@ def mark_chunkable(model: nn.Module) -> None:
     model.fedalt_chunkable = untouched and seen[0].shape[:2] == ids.shape  # type: ignore[assignment]
 
 
-def _losses_in_chunks(model: nn.Module, head: nn.Module, batch: Batch, chunk: int) -> Tensor:
+def _chunks(model: nn.Module, batch: Batch, chunk: int | None) -> tuple[Any, int] | None:
+    """The head and the tokens of a chunk; None where all logits are made at once."""
+    positions = batch.labels.shape[0] * (batch.labels.shape[1] - 1)
+    if not getattr(model, "fedalt_chunkable", False):
+        return None
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    # Where an adapted head is only scored, somebody may watch its gates at every position.
+    if not (isinstance(head, nn.Linear) or torch.is_grad_enabled()):
+        return None
+    chunk = chunk or max(1, MOST_LOGITS // head.out_features)
+    return (head, chunk) if positions > chunk else None
+
+
+def _fused_loss(head: nn.Module, device: torch.device) -> Any:
+    """Liger-Kernel's summed loss for a plain frozen head on a GPU, where it is installed."""
+    plain = type(head) is nn.Linear and not head.weight.requires_grad
+    if device.type != "cuda" or not plain:
+        return None
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+
+def _at_answers(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head is given [n, width] for the n tokens that count, these, and where they are."""
     targets = batch.labels[:, 1:]
     counted = targets != IGNORED
     with _tapped(head) as given:
         model(**_inputs(model, batch))
-    hidden = given[0][:, -batch.labels.shape[1] : -1][counted]  # [tokens that count, width]
+    return given[0][:, -batch.labels.shape[1] : -1][counted], targets[counted], counted
+
+
+def _losses_in_chunks(model: nn.Module, batch: Batch, head: nn.Module, chunk: int) -> Tensor:
+    hidden, labels, counted = _at_answers(model, head, batch)
     losses = [
         checkpoint(_losses_of_chunk, head, *part, use_reentrant=False)
         if torch.is_grad_enabled()
         else _losses_of_chunk(head, *part)
-        for part in zip(hidden.split(chunk), targets[counted].split(chunk), strict=True)
+        for part in zip(hidden.split(chunk), labels.split(chunk), strict=True)
     ]
     flat = torch.cat(losses)
-    return flat.new_zeros(targets.shape).masked_scatter(counted, flat)
+    return flat.new_zeros(counted.shape).masked_scatter(counted, flat)
 
 
 @contextmanager

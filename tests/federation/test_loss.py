@@ -1,6 +1,8 @@
 """The answers' loss in chunks of tokens: the same numbers, and never more logits than a chunk's."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -201,3 +203,49 @@ def test_chunks_and_dropout_in_the_head_draw_one_mask_each(base):
         b -= 2 * step
     down = loss().double()
     assert abs((up - down) / 2e-2 / slope - 1) < 1e-2  # central differences of size 1e-2
+
+
+class StandIn:
+    """Called as Liger-Kernel's loss is; its kernels want a GPU."""
+
+    calls = 0
+
+    def __init__(self, reduction):
+        assert reduction == "sum"
+
+    def __call__(self, weight, hidden, labels, bias):
+        StandIn.calls += 1
+        assert (hidden.ndim, labels.ndim) == (2, 1)
+        logits = nn.functional.linear(hidden, weight, bias)
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def test_liger_kernel_takes_the_chunks_place_where_it_is_installed_on_a_gpu(base, monkeypatch):
+    package = types.SimpleNamespace(LigerFusedLinearCrossEntropyLoss=StandIn)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.SimpleNamespace(transformers=package))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    head, gpu = base.get_output_embeddings(), torch.device("cuda")
+    assert losses._fused_loss(head, torch.device("cpu")) is None
+    fused = losses._fused_loss(head, gpu)
+    assert isinstance(fused, StandIn)
+    head.weight.requires_grad_(True)  # a trained head's gradient is made by chunks
+    assert losses._fused_loss(head, gpu) is None
+    head.weight.requires_grad_(False)
+
+    model, batch = stirred(fedalt.inject(base, **LORA)), some_batch(6)
+    wide = copy.deepcopy(model).double()
+
+    def loss(chunk):
+        return lambda model: answer_loss(model, batch, chunk=chunk)
+
+    whole, truth = gradients(model, loss(10**6)), gradients(wide, loss(10**6))
+    monkeypatch.setattr(losses, "_fused_loss", lambda head, device: fused)
+    got = gradients(model, loss(4))
+    assert StandIn.calls == 1
+    assert_within_budget(got, whole, truth, WIDEST)
+    with torch.no_grad():
+        answer_loss(model, batch, chunk=4)
+    assert StandIn.calls == 1
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    assert losses._fused_loss(head, gpu) is None
