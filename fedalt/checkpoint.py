@@ -1,11 +1,11 @@
 """Atomic checkpoints and exact resume, a client at a time.
 
-``checkpoints/round-0007/`` holds ``clients/ID.safetensors``, what each client uses; where there
-are any, ``next/`` (where the next round starts from something else), ``optimizer/`` and
-``server/``; and ``manifest.json`` with a SHA-256 of every file, which is written last. The folder
-is made under another name while its round goes on, synced to disk and renamed, so under its own
-name it is whole, whenever the process is killed. States are read when asked for: memory holds one
-client, not all. Nothing is pickled.
+``checkpoints/round-0007/`` holds ``clients/ID.safetensors``, what each client uses; where there are
+any, ``next/`` (where the next round starts from something else), ``counted/`` (what counts of a
+client, where its own state does not tell), ``optimizer/`` and ``server/``; and ``manifest.json``
+with a SHA-256 of every file, which is written last. The folder is made under another name while its
+round goes on, synced to disk and renamed, so under its own name it is whole, whenever the process
+is killed. States are read when asked for: memory holds one client, not all. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 from fedalt.errors import InputError
 
 CLIENTS, NEXT, OPTIMIZER, SERVER = "clients", "next", "optimizer", "server"
+COUNTED = "counted"
 _NAME = re.compile(r"round-(\d{4,})")
 _MANIFEST, LATEST = "manifest.json", "latest"
 DRAFT = ".draft-"

@@ -7,11 +7,15 @@ import math
 from collections.abc import Sequence
 
 from fedalt.config import Config
+from fedalt.errors import InputError
+from fedalt.method import Method
+from fedalt.robust import exact
 
 
 def held_out(clients: Sequence[str], config: Config) -> list[str]:
     """The clients kept out of training, ``holdout`` of all, rounded down, in their order."""
-    return _drawn(clients, math.floor(config.federation.holdout * len(clients)), config.seed, -1)
+    count = math.floor(exact(config.federation.holdout) * len(clients))
+    return _drawn(clients, count, config.seed, -1)
 
 
 def drawn(clients: Sequence[str], number: int, config: Config) -> list[str]:
@@ -26,13 +30,52 @@ def drawn(clients: Sequence[str], number: int, config: Config) -> list[str]:
 
 def places(clients: int, config: Config) -> int:
     """How many of ``clients`` a round draws."""
-    return max(1, round(config.federation.participation * clients))
+    return max(1, round(exact(config.federation.participation) * clients))
 
 
 def late(clients: Sequence[str], number: int, config: Config) -> list[str]:
     """Those of the drawn ``clients`` whose update misses the round: ``stragglers`` of them."""
-    count = math.floor(config.federation.stragglers * len(clients))
+    count = math.floor(exact(config.federation.stragglers) * len(clients))
     return _drawn(clients, count, config.seed + 1, number)
+
+
+def check_cohort(clients: Sequence[str], config: Config, method: Method) -> None:
+    """Refuses settings under which no round combines anything, or its updates are too few to trim.
+
+    Args:
+        clients: the ids of those that are not held out.
+        config, method: of the run.
+
+    Raises:
+        InputError: the setting that lets too few updates count.
+    """
+    if not method.sends:
+        return
+    settings, known, least = config.federation, len(clients), config.federation.min_clients
+    senders = sum(config.lora.client_ranks.get(client) != 0 for client in clients)
+    handed = min(places(known, config), senders)
+    punctual = handed - math.floor(exact(settings.stragglers) * handed)
+    earlier = handed * min(settings.max_age, config.rounds - 1) if method.counts_absent else 0
+    if known < least:
+        raise InputError(
+            f"{config.data.name}: {method.name} wants {least} clients or more, got {known}"
+        )
+    for most, what, cure in (
+        (senders, f"lora.client_ranks: {senders} of {known} clients train adapters", "raise a 0"),
+        (handed + earlier, f"federation.participation: a round draws {handed}", "raise it"),
+        (punctual + earlier, f"federation.stragglers: {punctual} of {handed} on time", "lower it"),
+    ):
+        if most < least:
+            raise InputError(f"{what}, federation.min_clients is {least}; {cure}")
+    averaged = punctual - method.leaves_one_out
+    if settings.aggregate == "trimmed" and exact(settings.trim) * averaged < 1:
+        cure = "use median or let more clients count"
+        if averaged > 2:  # of two, a half would be one, and trim is below that
+            cure = f"raise it to {math.ceil(1000 / averaged) / 1000} or more"
+        raise InputError(
+            f"federation.trim: {settings.trim} of {averaged}, the updates that {method.name} "
+            f"averages in a round, is nobody; {cure}"
+        )
 
 
 def derive_seed(seed: int, round_number: int, client_id: str) -> int:

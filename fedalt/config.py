@@ -132,14 +132,16 @@ class FederationConfig:
     """With fewer good updates nothing is combined in that round. Two clients of FedALT see each
     other's adapter as their Rest-of-World."""
     max_age: int = 5
-    """Rounds for which an absent client's last contribution counts in a Rest-of-World."""
+    """Rounds for which an absent client's last counted update counts in a Rest-of-World."""
     stragglers: float = 0.0
-    """The share of drawn clients whose update misses its round and counts from the next."""
+    """The share of drawn clients whose update misses its round. Where a method's Rest-of-World
+    counts absent clients it counts from the next round, like theirs; elsewhere it never does."""
     away: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """By client, the rounds in which it cannot be drawn."""
     aggregate: str = "mean"
     """``mean``, ``trimmed`` (of each number, the ``trim`` share at both ends is left out),
-    ``median``, or ``clipped`` (updates of more than the median norm are scaled down to it)."""
+    ``median``, or ``clipped`` (changes of more than the median norm are scaled down to it; of what
+    a Rest-of-World last counted of the client, else of what the client started from)."""
     trim: float = 0.1
     max_norm_ratio: float | None = 10.0
     """An update of more than this times the round's median norm is refused; null: never."""

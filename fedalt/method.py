@@ -6,7 +6,7 @@ parts that it sends. ``combine`` turns all hand-ins into what each client instal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedalt import products, robust, server
 from fedalt.server import Update
-from fedalt.states import HEAD, INDIVIDUAL, MIXER, State, select
+from fedalt.states import HEAD, INDIVIDUAL, MIXER, State, is_part
 
 Install = Callable[[str], Mapping[str, Tensor]]
 """By client id, the tensors that take the place of the client's own."""
@@ -51,9 +51,9 @@ class Round:
 
         Robust averages count clients alike.
         """
-        updates = list(self.updates.values())
+        updates: list[Update] = list(self.updates.values())
         if parts:
-            updates = [select(update, *parts) for update in updates]
+            updates = [Parts(update, parts) for update in updates]
         if self.aggregate in ("trimmed", "median"):
             return self._robust(updates)
         return server.mean(updates, self.weights())
@@ -106,6 +106,23 @@ class Round:
         return robust.trimmed_mean(updates, self.trim)
 
 
+class Parts(Mapping[str, Tensor]):
+    """Those tensors of an update that belong to some parts, each read when asked for."""
+
+    def __init__(self, update: Update, parts: tuple[str, ...]) -> None:
+        self._update = update
+        self._names = [name for name in update if any(is_part(name, part) for part in parts)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._update[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True)
 class Combined:
     """What a round gives back.
@@ -137,7 +154,9 @@ class Method:
     keeps_local: ClassVar[bool] = False
     """A client is evaluated and used as it was before the last installation."""
     counts_absent: ClassVar[bool] = False
-    """An absent client's last contribution still counts, up to ``federation.max_age`` rounds."""
+    """An absent client's last counted update still counts, up to ``federation.max_age`` rounds."""
+    leaves_one_out: ClassVar[bool] = False
+    """Its averages are of all counted clients but the one that installs them."""
     changes_base: ClassVar[bool] = False
     """``combine`` adds to the base weights."""
     averages: ClassVar[bool] = True

@@ -17,6 +17,7 @@ class FedALT(Method):
     rest_of_world = True
     sends = (INDIVIDUAL,)
     counts_absent = True
+    leaves_one_out = True
 
     def combine(self, round: Round) -> Combined:
         row = self.row(round)
@@ -45,6 +46,7 @@ class SelfIncluded(FedALT):
     """FedALT whose Rest-of-World is the mean of all, the client among them."""
 
     name = "fedalt-self"
+    leaves_one_out = False
 
     def row(self, round: Round) -> Install:
         everyone = round.others()("")

@@ -91,9 +91,15 @@ class FlexLoRA(Method):
 
     def combine(self, round: Round) -> Combined:
         head, counted = round.mean(HEAD), list(round.updates)
-        return Combined(
-            lambda client: {**round.mean_product(counted, client, by_examples=True), **head}
-        )
+        products: dict[int, State] = {}  # by rank: clients of one rank get the same
+
+        def install(client: str) -> State:
+            rank = round.rank_of(client)
+            if rank not in products:
+                products[rank] = round.mean_product(counted, client, by_examples=True)
+            return {**products[rank], **head}
+
+        return Combined(install)
 
 
 class FedDPA(Method):

@@ -13,13 +13,17 @@ from torch import Tensor
 Update = Mapping[str, Tensor]
 
 
+def exact(share: float) -> Fraction:
+    """A share as it was written: in binary 0.29 · 100 is below 29."""
+    return Fraction(str(share))
+
+
 def trimmed_mean(updates: Sequence[Update], trim: float) -> dict[str, Tensor]:
     """Of every number, the mean without the ``⌊trim · n⌋`` smallest and largest (Yin et al. 2018).
 
     Works on one tensor of all clients at a time. Clients count alike.
     """
-    share = Fraction(str(trim))  # as it was written: in binary 0.29 · 100 is below 29
-    return _middle(updates, cut=math.floor(share * len(updates)))
+    return _middle(updates, cut=math.floor(exact(trim) * len(updates)))
 
 
 def median(updates: Sequence[Update]) -> dict[str, Tensor]:
@@ -44,7 +48,7 @@ class Clipped(Mapping[str, Tensor]):
 
 
 def change_norm(update: Update, before: Update) -> float:
-    """Euclidean norm, in fp64, of all that an update changes of what the client started from."""
+    """Euclidean norm, in fp64, of all that an update changes of ``before``."""
     squares = [(update[name].double() - before[name].double()).square().sum() for name in update]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 

@@ -7,10 +7,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fedalt import robust, states
-from fedalt.checkpoint import CLIENTS, NEXT, OPTIMIZER, SERVER, Checkpoint, Draft, StoredState
+from fedalt.checkpoint import (
+    CLIENTS,
+    COUNTED,
+    NEXT,
+    OPTIMIZER,
+    SERVER,
+    Checkpoint,
+    Draft,
+    StoredState,
+)
 from fedalt.client import train_client
 from fedalt.cohort import derive_seed, drawn, late
 from fedalt.errors import RunFailed
@@ -33,7 +43,7 @@ class Play:
         micro_batch: the examples that memory holds at once, so far as it is known; None: a batch.
         finished: by id, the clients whose training counts, with the norm of their change.
         told: by id, what their training said.
-        updates: by id, what they handed in; a client that sends nothing is not in it.
+        updates: by id, what counts of what they handed in, by clients that send anything.
     """
 
     stage: Stage
@@ -45,7 +55,7 @@ class Play:
     micro_batch: int | None
     finished: dict[str, float] = field(default_factory=dict)
     told: dict[str, dict[str, float]] = field(default_factory=dict)
-    updates: dict[str, StoredState] = field(default_factory=dict)
+    updates: dict[str, Update] = field(default_factory=dict)
 
     def run(self) -> dict[str, int]:
         """Play the round.
@@ -68,6 +78,8 @@ class Play:
         for client in self.finished:
             self.journal.write("train", self.number, client, **self.told[client])
         self.progress.trained([self.told[client]["loss"] for client in self.finished])
+        if self.stage.config.federation.aggregate == "clipped":
+            self._clip()
         missing = late(list(self.updates), self.number, self.stage.config)
         for client in missing:
             self.journal.write("late", self.number, client)
@@ -128,24 +140,33 @@ class Play:
             self.journal.write("refuse", self.number, client, reason=reason)
             del self.finished[client], self.updates[client]
 
+    def _clip(self) -> None:
+        """Let no update move what counts of its client further than the median one does."""
+        last = {client: self._last_counted(client) for client in self.updates}
+        norms = {c: robust.change_norm(update, last[c]) for c, update in self.updates.items()}
+        middle = statistics.median(norms.values()) if norms else 0.0
+        for client, norm in norms.items():
+            if norm > middle:
+                update = self.updates[client]
+                self.updates[client] = robust.Clipped(update, last[client], middle / norm)
+
+    def _last_counted(self, client: str) -> StoredState:
+        """What last counted of a client, which nearly always is what it has; still on disk."""
+        if self.before.has(COUNTED, client):
+            return self.before.state(COUNTED, client)
+        return self.stage.sent_part(client, self.before.next(client))
+
     def _counted(self, missing: list[str]) -> dict[str, Update]:
         """By client id, what is combined: updates in time, and the absent clients' last ones."""
-        method, settings = self.stage.method, self.stage.config.federation
-        norms = [self.finished[client] for client in self.updates]
-        middle = statistics.median(norms) if norms else 0.0
-        sent = self.before.record["sent"]
-        oldest = max(self.number - settings.max_age, 0)
+        method, sent = self.stage.method, self.before.record["sent"]
+        oldest = max(self.number - self.stage.config.federation.max_age, 0)
         counted: dict[str, Update] = {}
         for member in self.stage.known:
             client = member.id
-            last = self.stage.sent_part(client, self.before.next(client))
             if client in self.updates and client not in missing:
                 counted[client] = self.updates[client]
-                norm = self.finished[client]
-                if settings.aggregate == "clipped" and norm > middle:
-                    counted[client] = robust.Clipped(counted[client], last, middle / norm)
             elif method.counts_absent and sent.get(client, -1) >= oldest:
-                counted[client] = last
+                counted[client] = self._last_counted(client)
         return counted
 
     def _combine(self, counted: Mapping[str, Update]) -> Combined | None:
@@ -191,6 +212,8 @@ class Play:
                 )
             else:
                 self.draft.put(CLIENTS, client, installed)
+            if method.counts_absent:
+                self._keep_counted(client, installed)
             if method.keeps_optimizer and not trained:
                 has = self.before.has(OPTIMIZER, client)
                 before = self.before.state(OPTIMIZER, client) if has else {}
@@ -211,6 +234,16 @@ class Play:
             for name in (NEWCOMER, BASE):
                 if self.before.has(SERVER, name):
                     self.draft.put(SERVER, name, self.before.state(SERVER, name))
+
+    def _keep_counted(self, client: str, state: Mapping[str, Tensor]) -> None:
+        """Store what counts of a client until its next update, if its own state is not that.
+
+        It is not where the update was clipped, or where a mean was installed in its place.
+        """
+        if client in self.updates or client in self.before.record["sent"]:
+            counts = self.updates.get(client, self._last_counted(client))
+            if any(not torch.equal(state[name], tensor) for name, tensor in counts.items()):
+                self.draft.put(COUNTED, client, counts)
 
 
 def hand_in(state: State, parts: tuple[str, ...], client: str) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import nn
 from fedalt import models, states
 from fedalt.activations import check_recomputes
 from fedalt.checkpoint import SERVER, Checkpoint, StateFolder, StoredState
-from fedalt.cohort import derive_seed, held_out, places
+from fedalt.cohort import check_cohort, derive_seed, held_out
 from fedalt.config import Config
 from fedalt.data import Client, load_clients
 from fedalt.errors import InputError
@@ -204,7 +203,7 @@ def check(config: Config, clients: Sequence[str]) -> None:
         InputError: a setting names a client that is not there, or does not go with the others.
     """
     method, lora, settings = get_method(config.method), config.lora, config.federation
-    known = len(clients) - len(held_out(clients, config))
+    unseen = held_out(clients, config)
     for key, names in (
         ("lora.client_ranks", lora.client_ranks),
         ("lora.client_starts", lora.client_starts),
@@ -213,6 +212,11 @@ def check(config: Config, clients: Sequence[str]) -> None:
         for name in names:
             if name not in clients:
                 raise InputError(f"{key}: no client {name!r}; known: {', '.join(clients)}")
+            if name in unseen and key != "federation.away":
+                raise InputError(
+                    f"{key}.{name}: federation.holdout holds this client out, and who joins later "
+                    "starts like any newcomer; take it out"
+                )
     for name, rank in lora.client_ranks.items():
         if rank not in (0, lora.rank) and not method.mixes_ranks:
             raise InputError(
@@ -224,21 +228,19 @@ def check(config: Config, clients: Sequence[str]) -> None:
             f"federation.aggregate: {method.name} does more than average, which "
             f"{settings.aggregate!r} cannot make robust; use mean or clipped"
         )
-    if settings.aggregate == "trimmed" and settings.trim * known < 1:
+    handled = {part for group in (*method.trains, method.sends) for part in group}
+    if lora.client_starts and not handled & {INDIVIDUAL, f"{INDIVIDUAL}.a"}:
         raise InputError(
-            f"federation.trim: {settings.trim} of {known} clients is nobody; raise "
-            f"it to {math.ceil(1000 / known) / 1000} or more"
+            f"lora.client_starts: {method.name} works on one A, the same for all; take them out "
+            "or use a method that trains A, such as fedit or fedalt"
         )
-    least, drawn = settings.min_clients, places(known, config)
-    if method.sends and known < least:
+    sends_individual = any(part.partition(".")[0] == INDIVIDUAL for part in method.sends)
+    if settings.join_start == "nearest" and method.rest_of_world and not sends_individual:
         raise InputError(
-            f"{config.data.name}: {method.name} wants {least} clients or more, got {known}"
+            f"federation.join_start: 'nearest' copies individual adapters, which never leave a "
+            f"client of {method.name}; use row or fresh"
         )
-    if method.sends and not method.counts_absent and drawn < least:
-        raise InputError(
-            f"federation.participation: a round draws {drawn} of {known} clients, "
-            f"federation.min_clients is {least}; raise the one or lower the other"
-        )
+    check_cohort([client for client in clients if client not in unseen], config, method)
 
 
 def set_stage(config: Config) -> Stage:

@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import tracemalloc
+import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +21,11 @@ import torch
 import fedalt
 from fedalt.checkpoint import Draft, load_latest
 from fedalt.journal import Progress
+from fedalt.method import Round
 from tests.conftest import write_client
 from tests.federation.test_run import quick
+
+from .method_cases import HEAD, A, B
 
 TENTH = 0.1
 
@@ -116,11 +121,43 @@ def test_reading_states_leaves_nothing_behind(tmp_path):
         assert held < TENTH * 2000 * 40
 
 
-def test_peak_memory_does_not_depend_on_the_number_of_clients(small, tmp_path):
+class Watched(Mapping):
+    """A stored update; ``held`` gets how many tensors, of any client's, are in memory at a read."""
+
+    def __init__(self, alive, held):
+        self.alive, self.held = alive, held
+
+    def __getitem__(self, name):
+        assert name == HEAD
+        tensor = torch.ones(3)
+        self.alive.add(tensor)
+        self.held.append(len(self.alive))
+        return tensor
+
+    def __iter__(self):
+        return iter((f"q.{A}", f"q.{B}", HEAD))
+
+    def __len__(self):
+        return 3
+
+
+def test_a_mean_of_some_parts_reads_them_alone_and_a_client_at_a_time():
+    """The next is read before the one before it is let go of."""
+    alive, held = weakref.WeakSet(), []
+    clients = {f"client{i}": Watched(alive, held) for i in range(9)}
+    round = Round(1, clients, dict.fromkeys(clients, 2), alpha=4.0, rank=2)
+    assert round.mean("head")[HEAD].tolist() == [1, 1, 1]
+    assert max(held) <= 2
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "clipped"])
+def test_peak_memory_does_not_depend_on_the_number_of_clients(aggregate, small, tmp_path):
     """Eight fill the shelf of encoded examples; a hundred would need room for 92 states more."""
     peaks = {}
     for clients in (8, 100):
         config = small(rounds=1, clients=clients)
+        federation = replace(config.federation, aggregate=aggregate)
+        config = replace(config, federation=federation)
         peaks[clients] = measured(config, tmp_path)["peak"]
     print(f"peaks {peaks[8] / 2**20:.1f} and {peaks[100] / 2**20:.1f} MiB")
     assert peaks[100] - peaks[8] < TENTH * 92 * state_bytes(config)

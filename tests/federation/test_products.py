@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedalt import products
+from fedalt.methods import get_method
 from fedalt.products import factored, layers_of, similarity, stacked
 
-from .method_cases import A, B, integers, truncated
+from .method_cases import A, B, integers, round_of, toys, truncated
 
 N, K = 7, 5
 
@@ -20,6 +22,20 @@ def draw(rank, seed=0):
 def rounding(b, a):
     """What a backward stable QR and SVD in fp64 may lose: ``c (N + K + R) u ‖B‖ ‖A‖``, c = 8."""
     return 8 * (N + K + b.shape[1]) * 2.0**-53 * float(b.norm() * a.norm())
+
+
+def test_flexlora_factors_a_mean_product_once_a_rank(monkeypatch):
+    """Two layers, three clients and a newcomer, two ranks."""
+    calls, factor = [], products.factored
+    monkeypatch.setattr(products, "factored", lambda *a, rank: calls.append(1) or factor(*a, rank))
+    lower = round_of("flexlora", toys(), ranks={"bob": 1})
+    install = get_method("flexlora").combine(lower).install
+    ann, bob, cyd, newcomer = (install(client) for client in ("ann", "bob", "cyd", ""))
+    assert len(calls) == 2 * 2
+    for name in ann:
+        assert torch.equal(ann[name], cyd[name])
+        assert torch.equal(ann[name], newcomer[name])
+    assert (ann[f"q.{A}"].shape, bob[f"q.{A}"].shape) == ((2, 3), (1, 3))
 
 
 def test_layers_are_named_by_their_adapters():

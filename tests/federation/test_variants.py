@@ -10,7 +10,18 @@ from fedalt import stage
 from fedalt.methods import METHODS, get_method
 from fedalt.states import mixed_layers
 
-from .method_cases import EXAMPLES, ROW_A, ROW_B, SCALE, A, B, renamed, round_of, run_nudged
+from .method_cases import (
+    EXAMPLES,
+    ROW_A,
+    ROW_B,
+    SCALE,
+    A,
+    B,
+    assert_equal,
+    renamed,
+    round_of,
+    run_nudged,
+)
 
 
 def lines(values, part=A):
@@ -130,6 +141,14 @@ def test_an_absent_clients_training_is_forgotten_by_fedavg(config, monkeypatch):
         for name, tensor in run.saved(2).used(client).read().items():
             mean = (10 * last["ann"][name].double() + 6 * last["bob"][name].double()) / 16
             assert torch.equal(tensor, mean.float())
+
+
+@pytest.mark.parametrize("name", ["fedit+ft", "fedalt-relay"])
+def test_an_absent_client_that_keeps_local_is_used_as_it_last_was(name, config, monkeypatch):
+    """Not with what was installed for its next round."""
+    federation = replace(config.federation, away={"cyd": (2,)})
+    run = run_nudged(replace(config, federation=federation, method=name), monkeypatch)
+    assert_equal(run.saved(2).used("cyd").read(), run.trained[1, "cyd"])
 
 
 def test_an_absent_client_keeps_its_optimizer(config, monkeypatch):

@@ -115,6 +115,16 @@ def test_digits_run_export_and_load(tmp_path):
         assert torch.equal(again(pixel_values=pixels(records, processor)).logits.argmax(-1), found)
 
 
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+def test_the_last_rounds_scores_are_of_the_base_that_it_ends_with(method, tiny_config):
+    """Where a method adds to the base, what the last round adds is scored with it."""
+    train = replace(tiny_config.train, learning_rate=0.05, max_steps=8)
+    result = fedalt.Federation(replace(tiny_config, method=method, train=train)).run()
+    table = evaluate_run(result.out)
+    for client, scores in result.results["clients"].items():
+        assert f"{scores['last']['loss']:.3f}" in table.partition(client)[2].splitlines()[0]
+
+
 def test_a_client_starts_from_a_peft_adapter(tiny_config, tmp_path):
     """Its first individual LoRA is the adapter's, which one of another client's export is here."""
     first = fedalt.Federation(tiny_config).run()
