@@ -49,15 +49,14 @@ class StoredState(Mapping[str, Tensor]):
         """
         self._path = path
         try:
-            with safe_open(path, framework="pt") as sound:
-                names = [name for name in sorted(sound.keys()) if wanted(name)]
-            with open(path, "rb") as file:
+            with safe_open(path, framework="pt"), open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a readable safetensors file ({error})") from None
 
-        self._entries = {name: header[name] for name in names}
+        names = sorted(header.keys() - {"__metadata__"})
+        self._entries = {name: header[name] for name in names if wanted(name)}
         self._start = 8 + length
 
     def __getitem__(self, name: str) -> Tensor:
