@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fedalt.activations import offloading, recomputing
 from fedalt.config import TrainConfig
+from fedalt.micro import Count, Loss, largest_gradient
+from fedalt.optimizers import moments_of, optimizing
 from fedalt.states import State, set_trainable
-
-Loss = Callable[[nn.Module, Sequence[Any]], Tensor]
-"""The mean loss of a batch of examples, for its gradient."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class TrainResult:
         loss: the mean over its steps, in nats (a token).
         steps: optimizer steps taken; 0 where there was nothing to train.
         optimizer: AdamW's moments by tensor name, in host memory, where they were asked for.
+        micro_batch: the examples that memory held at once, or None: it held every batch whole.
     """
 
     loss: float
     steps: int
     optimizer: State = field(default_factory=dict)
+    micro_batch: int | None = None
 
 
 def train_client(
@@ -41,6 +43,7 @@ def train_client(
     *,
     trains: Sequence[Sequence[str]],
     seed: int,
+    count: Count = len,
     optimizer: Mapping[str, Tensor] | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> TrainResult:
@@ -52,9 +55,10 @@ def train_client(
     Args:
         model: with the client's adapters loaded.
         examples: the client's train records.
-        loss: of a batch; it is called in training mode.
+        loss: of a batch or a part of one; it is called in training mode.
         trains: the parts to train. Several groups share the round's steps, one after the other.
         seed: of this client's round, as from ``cohort.derive_seed``.
+        count: the terms that ``loss`` is the mean of, by which parts of a batch are weighted.
         optimizer: the moments of an earlier ``TrainResult``, or an empty mapping to begin with;
             None where nobody keeps them.
         on_step: called after every step, for progress.
@@ -63,14 +67,24 @@ def train_client(
     order = torch.Generator().manual_seed(seed)
     stream = batches(examples, config, order)
     device = next(model.parameters()).device
-    total, moments, done = (
+    total, moments, done, size = (
         torch.zeros((), dtype=torch.float64, device=device),
         dict[str, Tensor](),
         0,
+        config.micro_batch,
     )
+    forward = offloading(model, config.offload_activations)
+
+    def offloaded(model: nn.Module, batch: Sequence[Any]) -> Tensor:
+        with forward:
+            return loss(model, batch)
+
     model.train()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            recomputing(model, config.gradient_checkpointing),
+        ):
             torch.manual_seed(seed)
             for position, parts in enumerate(trains):
                 share = steps * (position + 1) // len(trains) - steps * position // len(trains)
@@ -78,51 +92,24 @@ def train_client(
                 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
                 if not trained or not share:
                     continue
-                adamw = _adamw(trained, config, optimizer or {})
-                schedule = LambdaLR(adamw, _schedule(share, config))
-                for _ in range(share):
-                    step_loss = loss(model, next(stream))
-                    step_loss.backward()
-                    torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
-                    adamw.step()
-                    schedule.step()
-                    adamw.zero_grad(set_to_none=True)
-                    total += step_loss.detach()
-                    on_step()
-                done += share
-                if optimizer is not None:
-                    moments |= _moments(trained, adamw)
+                with optimizing(trained, config, optimizer or {}) as adamw:
+                    schedule = LambdaLR(adamw, _schedule(share, config))
+                    for _ in range(share):
+                        batch = next(stream)
+                        step_loss, size = largest_gradient(model, batch, offloaded, count, size)
+                        torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
+                        adamw.step()
+                        schedule.step()
+                        adamw.zero_grad(set_to_none=True)
+                        total += step_loss
+                        on_step()
+                    done += share
+                    if optimizer is not None:
+                        moments |= moments_of(trained, adamw)
     finally:
         model.zero_grad(set_to_none=True)
         model.eval()
-    return TrainResult(total.item() / max(done, 1), done, moments)
-
-
-def _adamw(
-    trained: Mapping[str, nn.Parameter], config: TrainConfig, moments: Mapping[str, Tensor]
-) -> torch.optim.AdamW:
-    """AdamW over the tensors, with the moments of those that have any."""
-    adamw = torch.optim.AdamW(
-        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    for name, parameter in trained.items():
-        if f"{name}.step" in moments:
-            adamw.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device, copy=True) for key in _MOMENTS
-            }
-    return adamw
-
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def _moments(trained: Mapping[str, nn.Parameter], adamw: torch.optim.AdamW) -> State:
-    return {
-        f"{name}.{key}": adamw.state[parameter][key].detach().cpu()
-        for name, parameter in trained.items()
-        if parameter in adamw.state  # one that no token reached has none
-        for key in _MOMENTS
-    }
+    return TrainResult(total.item() / max(done, 1), done, moments, size)
 
 
 def _schedule(steps: int, config: TrainConfig) -> Callable[[int], float]:

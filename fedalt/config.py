@@ -37,9 +37,14 @@ class ModelConfig:
     """A Hugging Face model id or folder; ``builtin`` and ``builtin-vit`` are in the package."""
     dtype: str = "float32"
     device: str = "cpu"
+    quantization: str = "none"
+    """How the frozen linear layers, but the output head, are stored: ``nf4`` (4 bits, scales
+    quantized too) and ``int8`` by bitsandbytes, ``fp8`` (e4m3) by this package; ``none``: in
+    ``dtype``, which the others compute in."""
 
     def __post_init__(self) -> None:
         require_one_of(("float32", "bfloat16", "float16"), "model.dtype", self.dtype)
+        require_one_of(("none", "nf4", "int8", "fp8"), "model.quantization", self.quantization)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,21 @@ class TrainConfig:
     """What follows the warm-up: ``linear`` or ``cosine`` decay to zero, or ``constant``."""
     warmup_steps: int = 3
     max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
+    """``adamw``, or with moments of 8 bits, by bitsandbytes, ``adamw_8bit``; or these in memory
+    that a GPU pages out to the host, ``paged_adamw_8bit``. Tensors of fewer than 4096 numbers keep
+    moments of 32 bits, and of fewer than 100 000 unpaged ones."""
+    micro_batch: int | None = None
+    """Examples of a batch that are run at once; null: all. Whenever memory does not suffice it is
+    halved, the step is run again, and the run goes on with what fits. A step's gradient stays the
+    whole batch's, but for its rounding and, under dropout, its masks."""
+    gradient_checkpointing: bool = False
+    """Of every block only the input is kept; the rest is computed again in the backward."""
+    offload_activations: bool = False
+    """What is kept for the backward waits in host memory; for a GPU."""
+    loss_chunk: int | None = None
+    """Tokens whose logits are alive at once; null: as many as make 2^24 logits. The loss's peak is
+    about 16 bytes x this x the vocabulary."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
@@ -95,6 +115,11 @@ class TrainConfig:
         require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
         require(self.max_grad_norm > 0, "train.max_grad_norm", "above 0", self.max_grad_norm)
         require_one_of(("linear", "cosine", "constant"), "train.lr_scheduler", self.lr_scheduler)
+        optimizers = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+        require_one_of(optimizers, "train.optimizer", self.optimizer)
+        for name in ("micro_batch", "loss_chunk"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"train.{name}", "at least 1, or null", value)
 
 
 @dataclass(frozen=True)
@@ -190,6 +215,13 @@ class Config:
         require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)
         threads_ok = self.threads is None or self.threads >= 1
         require(threads_ok, "threads", "at least 1, or null", self.threads)
+        on_gpu = not self.model.device.startswith("cpu")
+        paged = self.train.optimizer == "paged_adamw_8bit"
+        wanted = "adamw or adamw_8bit on a CPU, which has no other memory to page to"
+        require(on_gpu or not paged, "train.optimizer", wanted, self.train.optimizer)
+        offload = self.train.offload_activations
+        wanted = "false on a CPU, which has no other memory to offload to"
+        require(on_gpu or not offload, "train.offload_activations", wanted, offload)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain nested dicts and lists, every key present."""

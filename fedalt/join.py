@@ -88,10 +88,16 @@ def fit_in(stage: Stage, saved: Checkpoint, member: Member, run_dir: Path) -> No
     train_client(
         stage.model,
         stage.examples(member).train,
-        replace(config.train, epochs=epochs, max_steps=None),
+        replace(
+            config.train,
+            epochs=epochs,
+            max_steps=None,
+            micro_batch=saved.record.get("micro_batch"),
+        ),
         stage.task.loss,
         trains=method.trains,
         seed=derive_seed(config.seed, config.rounds + 1, member.id),
+        count=stage.task.count,
     )
     note(epochs)
     folder = run_dir / JOINED

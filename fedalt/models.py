@@ -12,9 +12,13 @@ from torch import nn
 
 from fedalt.config import BUILTIN_BASE, ModelConfig
 from fedalt.errors import InputError, first_line
+from fedalt.loss import mark_chunkable
+from fedalt.quantized import finish_loading, loading_options
 from fedalt_kernels import MixedLoRALinear
 
 ALL_LINEAR = "all-linear"
+OTHER_LINEAR = ("Conv1D", "Fp8Linear")
+"""Linear layers that are no ``nn.Linear``; quantized ones of bitsandbytes are."""
 # Names under which layers of one module read the same input, in the order in which they are called.
 READ_ONE_INPUT = [
     ("q_proj", "k_proj", "v_proj"),
@@ -41,14 +45,24 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
         raise InputError(f"model.device: {config.device!r} cannot be used: {reason}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **loading_options(config))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(device)
-    return model.requires_grad_(False).eval(), tokenizer
+    finish_loading(model, output_head(model), config)
+    model.requires_grad_(False).eval()
+    mark_chunkable(model)
+    return model, tokenizer
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits of tokens or classes, where the model tells."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head or getattr(model, "classifier", None)
 
 
 def inject(
@@ -148,12 +162,11 @@ def _share_inputs(module: nn.Module) -> None:
 
 def _target_names(model: nn.Module, wanted: tuple[str, ...]) -> list[str]:
     """Dotted names of the layers to replace, in the model's order."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    head = head or getattr(model, "classifier", None)
+    head = output_head(model)
     linear = {
         name: module
         for name, module in model.named_modules()
-        if name and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        if name and (isinstance(module, nn.Linear) or type(module).__name__ in OTHER_LINEAR)
     }
     body = [name for name, module in linear.items() if module is not head]
     if wanted == (ALL_LINEAR,):

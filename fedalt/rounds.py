@@ -6,7 +6,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Play:
 
     Attributes:
         before: the checkpoint that the round starts from; ``draft``: the one that it writes.
+        micro_batch: the examples that memory holds at once, so far as it is known; None: a batch.
         finished: by id, the clients whose training counts, with the norm of their change.
         updates: by id, what they handed in; a client that sends nothing is not in it.
     """
@@ -42,6 +43,7 @@ class Play:
     draft: Draft
     journal: Journal
     progress: Progress
+    micro_batch: int | None
     finished: dict[str, float] = field(default_factory=dict)
     updates: dict[str, StoredState] = field(default_factory=dict)
 
@@ -87,10 +89,11 @@ class Play:
             result = train_client(
                 stage.model,
                 stage.examples(member).train,
-                stage.config.train,
+                replace(stage.config.train, micro_batch=self.micro_batch),
                 stage.task.loss,
                 trains=stage.trains(client),
                 seed=derive_seed(stage.config.seed, self.number, client),
+                count=stage.task.count,
                 optimizer=moments if keeps else None,
                 on_step=self.progress.step,
             )
@@ -99,6 +102,7 @@ class Play:
         except Exception as error:  # one client's fault must not end the others' round
             self._failed(client, error)
             return None
+        self.micro_batch = result.micro_batch
         known = stage.sent_part(client, state)
         reason = robust.fault(update, known) or robust.fault(trained, state)
         if reason:
@@ -110,7 +114,10 @@ class Play:
         if update:
             self.updates[client] = self.draft.put(UPDATE, client, update)
         self.finished[client] = robust.change_norm(update, known)
-        self.journal.write("train", self.number, client, loss=result.loss, steps=result.steps)
+        told = {"loss": result.loss, "steps": result.steps}
+        if result.micro_batch and result.micro_batch < stage.config.train.batch_size:
+            told["micro_batch"] = result.micro_batch
+        self.journal.write("train", self.number, client, **told)
         self.journal.time(self.number, "train", client, time.perf_counter() - started)
         return result.loss
 

@@ -85,6 +85,7 @@ class Federation:
         write_atomic(out / CONFIG, config.to_yaml())
 
         done = saved.round if saved else -1
+        micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
         kept = saved.record["metrics_bytes"] if saved else 0
         with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
             for number in range(done + 1, config.rounds + 1):
@@ -92,7 +93,8 @@ class Federation:
                 if saved is None:
                     sent = _begin(stage, draft)
                 else:
-                    sent = Play(stage, number, saved, draft, journal, progress).run()
+                    play = Play(stage, number, saved, draft, journal, progress, micro_batch)
+                    sent, micro_batch = play.run(), play.micro_batch
                 if number % config.evaluate.every == 0 or number == config.rounds:
                     _evaluate(stage, draft, number, journal, progress)
                 journal.sync()
@@ -103,6 +105,7 @@ class Federation:
                     "settings": settings_of(config),
                     "metrics_bytes": journal.size,
                     "sent": sent,
+                    "micro_batch": micro_batch,
                 }
                 started = time.perf_counter()
                 saved = draft.commit(record, keep=config.save_total_limit)

@@ -29,6 +29,10 @@ class Task(Protocol):
         """The mean loss of a batch of examples, in nats (a token)."""
         ...
 
+    def count(self, batch: Sequence[Any]) -> int:
+        """How many terms that mean is over."""
+        ...
+
     def evaluate(
         self,
         model: nn.Module,
@@ -51,7 +55,11 @@ class TextTask:
 
     def loss(self, model: nn.Module, batch: Sequence[Example]) -> Tensor:
         device = next(model.parameters()).device
-        return answer_loss(model, collate(batch, self.tool.pad_token_id, device))
+        collated = collate(batch, self.tool.pad_token_id, device)
+        return answer_loss(model, collated, chunk=self._config.train.loss_chunk)
+
+    def count(self, batch: Sequence[Example]) -> int:
+        return sum(len(example.answer) for example in batch)
 
     def evaluate(
         self,
@@ -82,6 +90,9 @@ class ImageTask:
 
     def loss(self, model: nn.Module, batch: Sequence[ImageExample]) -> Tensor:
         return class_loss(model, self._pixels(batch), [example.label for example in batch])
+
+    def count(self, batch: Sequence[ImageExample]) -> int:
+        return len(batch)
 
     def evaluate(
         self,

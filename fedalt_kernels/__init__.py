@@ -1,7 +1,9 @@
 """A frozen linear layer with several gated LoRA adapters, computed as one operation."""
 
 from .api import Adapter, mixed_lora_linear
+from .fp8 import Fp8Linear
 from .layer import MixedLoRALinear
+from .quantized import QuantizedWeight
 
-__all__ = ["Adapter", "MixedLoRALinear", "mixed_lora_linear"]
+__all__ = ["Adapter", "Fp8Linear", "MixedLoRALinear", "QuantizedWeight", "mixed_lora_linear"]
 __version__ = "0.1.0"

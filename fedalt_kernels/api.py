@@ -11,12 +11,13 @@ from .autograd import mixed_lora
 from .checks import check_arguments, check_tensors
 from .choice import implementation
 from .dropout import draw_seed, drop_threshold, keep_scale
+from .quantized import QuantizedWeight
 from .reference import reference
 
 
 def mixed_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     mixer: Tensor | tuple[float, ...] | None,
@@ -40,7 +41,8 @@ def mixed_lora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
-        weight: [N, K], dtype and device of x, frozen; a transposed view is fine.
+        weight: [N, K], dtype and device of x, frozen; a transposed view is fine.  Or a
+            `QuantizedWeight`, taken in x's dtype: computed in float32, then rounded once at most.
         bias: [N] or None, dtype and device of x, frozen.
         adapters: 1 to 8 of ``Adapter(a [r_e, K], b [N, r_e])``, in x's dtype or float32.
         mixer: Tensor [E, K], in x's dtype or float32: row e gates ``adapters[e]``; or a tuple of E
@@ -69,8 +71,8 @@ def mixed_lora_linear(
     check_tensors(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
     check_arguments(x, weight, bias, adapters, mixer, scaling, dropout_p, seed, impl, schedule)
     threshold = drop_threshold(dropout_p)
     if not threshold:
@@ -83,6 +85,8 @@ def mixed_lora_linear(
         seed = seed.to(x.device)
     impl = implementation(impl, x, weight)
     if impl == "reference":
+        if isinstance(weight, QuantizedWeight):
+            weight = weight.dequantize(x.dtype)
         return reference(
             x, weight, bias, adapters, mixer, scaling=scaling, dropout_p=dropout_p, seed=seed
         )

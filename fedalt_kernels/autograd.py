@@ -25,7 +25,8 @@ carries gradient to x and to the mixer.
 
 Kept for the backward: x and the parameters (alive anyway), P in x's dtype, g in float32 (float64
 for float64 x) and the seed: M (itemsize Σ r_e + 4 E) bytes beside x, and 8 for the seed.  Nothing
-of size [M, N], no dropped copy of x and no mask.
+of size [M, N], no dropped copy of x and no mask.  Of a quantized W only its packed tensors are
+kept; it is dequantized again.
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from . import merged, operators
 from .adapter import Adapter, Branches, Factors, rows_of
+from .quantized import QuantizedWeight
 
 
 class MixedLoRA(torch.autograd.Function):
@@ -46,49 +48,59 @@ class MixedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         mixer: Tensor | None,
         seed: Tensor | None,
         constants: tuple[Any, ...],
         strip: Any,
-        *factors: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
-        n = weight.shape[0]
         impl, *_ = ctx.constants = constants
-        branches = _branches(mixer, seed, constants, factors)
+        branches = _branches(mixer, seed, constants, tensors)
+        base = _base(weight, constants, tensors)
         forward, _ = _implementation(impl)
         made = () if strip is None else (strip,)
-        y, low, gates = forward(rows_of(x), weight, bias, branches, *made)
-        ctx.save_for_backward(x, weight, low, gates, mixer, seed, *factors)
-        return y.view(*x.shape[:-1], n)
+        y, low, gates = forward(rows_of(x), base, bias, branches, *made)
+        ctx.save_for_backward(x, weight, low, gates, mixer, seed, *tensors)
+        return y.view(*x.shape[:-1], base.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, low, gates, mixer, seed, *factors = ctx.saved_tensors
-        branches = _branches(mixer, seed, ctx.constants, factors)
-        n = weight.shape[0]
-        asked = ctx.needs_input_grad
-        needs = [asked[0], asked[3], *asked[7:]]
+        x, weight, low, gates, mixer, seed, *tensors = ctx.saved_tensors
+        branches = _branches(mixer, seed, ctx.constants, tensors)
+        base = _base(weight, ctx.constants, tensors)
+        asked, end = ctx.needs_input_grad, 7 + 2 * len(branches.downs)
+        needs = [asked[0], asked[3], *asked[7:end]]
         _, backward = _implementation(ctx.constants[0])
-        rows, drows = rows_of(x), dy.reshape(-1, n).contiguous()
+        rows, drows = rows_of(x), dy.reshape(-1, base.shape[0]).contiguous()
         # Autocast would change the dtype of some of these products under an in-place sum.
         with torch.autocast(x.device.type, enabled=False):
-            grads = iter(backward(drows, rows, weight, low, gates, branches, needs))
+            grads = iter(backward(drows, rows, base, low, gates, branches, needs))
         dx, dmixer, *dfactors = [next(grads) if need else None for need in needs]
         if dx is not None:
             dx = dx.view(x.shape)
-        return dx, None, None, dmixer, None, None, None, *dfactors
+        packed = [None] * (len(asked) - end)
+        return dx, None, None, dmixer, None, None, None, *dfactors, *packed
 
 
 def _branches(
-    mixer: Tensor | None, seed: Tensor | None, constants: tuple[Any, ...], factors: Factors
+    mixer: Tensor | None, seed: Tensor | None, constants: tuple[Any, ...], tensors: Factors
 ) -> Branches:
-    _, weights, scaling, threshold, schedule = constants
-    count = len(factors) // 2
-    downs, ups = factors[:count], factors[count:]
+    _, count, weights, scaling, threshold, schedule, _ = constants
+    downs, ups = tensors[:count], tensors[count : 2 * count]
     return Branches(downs, ups, mixer, weights, scaling, threshold, seed, schedule)
+
+
+def _base(
+    weight: Tensor | None, constants: tuple[Any, ...], tensors: Factors
+) -> Tensor | QuantizedWeight:
+    """The base weight, of which a quantized one's tensors come after the factors."""
+    if weight is not None:
+        return weight
+    _, count, *_, (kind, shape, blocks) = constants
+    return QuantizedWeight(kind, shape, tuple(tensors[2 * count :]), blocks)
 
 
 def _implementation(impl: str) -> tuple[Any, Any]:
@@ -104,7 +116,7 @@ def _implementation(impl: str) -> tuple[Any, Any]:
 
 def mixed_lora(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     mixer: Tensor | tuple[float, ...] | None,
@@ -124,14 +136,21 @@ def mixed_lora(
         impl: "torch" or "triton".
     """
     learned = isinstance(mixer, Tensor)
+    weights = None if learned else mixer
+    packed: tuple[Tensor, ...] = ()
+    layout = None
+    if isinstance(weight, QuantizedWeight):
+        kind, shape, packed, blocks = weight
+        layout = kind, shape, blocks
     return MixedLoRA.apply(
         x,
-        weight,
+        weight if layout is None else None,
         bias,
         mixer if learned else None,
         seed,
-        (impl, None if learned else mixer, scaling, threshold, schedule),
+        (impl, len(adapters), weights, scaling, threshold, schedule, layout),
         strip,
         *[a for a, _ in adapters],
         *[b for _, b in adapters],
+        *packed,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .dropout import SEED_LIMIT
+from .quantized import KINDS, QuantizedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
@@ -19,16 +20,21 @@ SCHEDULES = ("decode", "recompute", "overlapped", "split", "expand")
 MOST_ADAPTERS = 8
 
 
-def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_tensors(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
     """Raises TypeError for what has no dtype and no device to speak of."""
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if not isinstance(weight, Tensor | QuantizedWeight):
+        raise TypeError(
+            f"weight must be a Tensor or a QuantizedWeight, got {type(weight).__name__}"
+        )
+    if not (bias is None or isinstance(bias, Tensor)):
+        raise TypeError(f"bias must be a Tensor, got {type(bias).__name__}")
 
 
 def check_arguments(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     mixer: Tensor | tuple[float, ...] | None,
@@ -42,12 +48,15 @@ def check_arguments(
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES:
         raise ValueError(f"x must be float32, bfloat16, float16 or float64, got {dtype}")
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+    if len(weight.shape) != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}"
         )
     n, k = weight.shape
-    _check_base("weight", weight, dtype, device)
+    if isinstance(weight, Tensor):
+        _check_base("weight", weight, dtype, device)
+    else:
+        check_quantized(weight, device)
     if bias is not None:
         if bias.shape != (n,):
             raise ValueError(f"bias must be [{n}], got {list(bias.shape)}")
@@ -93,9 +102,45 @@ def check_arguments(
         )
 
 
-def _check_base(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def check_quantized(weight: QuantizedWeight, device: torch.device) -> None:
+    """Raises ValueError where the packed tensors are not those of `QuantizedWeight`'s docstring."""
+    kind, (n, k), tensors, blocks = weight
+    if kind not in KINDS:
+        raise ValueError(f"weight.kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    four_bits = kind in ("nf4", "fp4")
+    if len(blocks) not in ((1, 2) if four_bits else (0,)):
+        wanted = "(block,) or (block, nested_block)" if four_bits else "()"
+        raise ValueError(f"weight.blocks must be {wanted} for {kind}, got {blocks}")
+    if any(block < 2 or block & (block - 1) for block in blocks):
+        raise ValueError(f"weight.blocks must be powers of two, got {blocks}")
+    single = torch.float32
+    if four_bits:
+        count = -(-n * k // blocks[0])
+        wanted = [
+            (torch.uint8, ((n * k + 1) // 2,)),
+            (torch.uint8 if len(blocks) == 2 else single, (count,)),
+            (single, (16,)),
+        ]
+        if len(blocks) == 2:
+            wanted += [(single, (-(-count // blocks[1]),)), (single, (256,)), (single, ())]
+    else:
+        wanted = [(torch.int8 if kind == "int8" else torch.float8_e4m3fn, (n, k)), (single, (n,))]
+    if len(tensors) != len(wanted):
+        raise ValueError(f"weight.tensors must be {len(wanted)} for {kind}, got {len(tensors)}")
+    for i, (tensor, (dtype, shape)) in enumerate(zip(tensors, wanted, strict=True)):
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"weight.tensors[{i}] must be contiguous {list(shape)} for {kind}, "
+                f"got {list(tensor.shape)}"
+            )
+        _check_base(f"weight.tensors[{i}]", tensor, dtype, device, whose=kind)
+
+
+def _check_base(
+    name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, whose: str = "x"
+) -> None:
     if tensor.dtype != dtype:
-        raise ValueError(f"{name} must have x's dtype {dtype}, got {tensor.dtype}")
+        raise ValueError(f"{name} must have {whose}'s dtype {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on x's device {device}, got {tensor.device}")
     if tensor.requires_grad:

@@ -7,22 +7,28 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .quantized import QuantizedWeight
+
 OLDEST_CAPABILITY = (8, 0)
+OLDEST_FP8_CAPABILITY = (8, 9)
 
 
-def implementation(impl: str, x: Tensor, weight: Tensor) -> str:
+def implementation(impl: str, x: Tensor, weight: Tensor | QuantizedWeight) -> str:
     """What serves a call: "torch", "triton" or "reference".
 
     "auto" is "triton" on a GPU that runs it, and "torch" on a CPU; on a GPU that does not, it is
     "torch" with one warning that says why.
 
     Raises:
-        RuntimeError: `impl` is "triton" and it cannot run here.
+        RuntimeError: `impl` is "triton" and it cannot run here, or nothing of fp8 can.
     """
+    fp8 = isinstance(weight, QuantizedWeight) and weight.kind == "fp8"
+    if fp8 and (reason := _without_fp8(x.device)):
+        raise RuntimeError(f"an fp8 weight cannot be used here: {reason}")
     if impl in ("torch", "reference") or (impl == "auto" and x.device.type == "cpu"):
         return "torch" if impl == "auto" else impl
     reason = _unsupported(x.device, x.dtype)
-    if reason is None and 1 not in weight.stride():
+    if reason is None and isinstance(weight, Tensor) and 1 not in weight.stride():
         reason = f"one of weight's strides must be 1, got {weight.stride()}"
     if reason is None:
         return "torch" if x.numel() == 0 else "triton"
@@ -56,6 +62,16 @@ def _unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _without_fp8(device: torch.device) -> str | None:
+    """Why a device cannot compute with fp8; None if it can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_FP8_CAPABILITY:
+        return None
+    return f"the GPU must have compute capability 8.9 or more, got {capability}"
+
+
 @cache
 def _has_triton() -> bool:
     try:
@@ -71,4 +87,5 @@ def _warn_once(reason: str) -> None:
 
 # As torch.compiler.assume_constant_result does, which would import the whole compiler.
 _unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_without_fp8._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -16,6 +16,9 @@ The last column is what a schedule is chosen for (`tiles.forward_schedule`); wha
 in `tiles.unserved`.  Backward: overlapped, split and expand likewise, with dP for S; the sums over
 tokens, dA with dG and dB, are launches of their own, but for dB of few ranks, which shares the read
 of dY that makes dP.  Under dropout the mask is made once as bits, for dX and for dA.
+
+Decode reads a quantized weight as it is stored; for the others it is first written out, into memory
+that all layers share.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +30,12 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from .adapter import Branches, Factors
+from .quantized import INT8_RANGE, QuantizedWeight, workspace
 from .triton import tiles
 from .triton.backward import spread
 from .triton.contract import contract_with_strip
-from .triton.decode import decode
+from .triton.decode import decode, inside_rows
+from .triton.dequantize import dequantize
 from .triton.dropout import mask_words
 from .triton.forward import project, recompute
 from .triton.overlapped import overlapped
@@ -73,7 +78,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 @_on_its_device
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     branches: Branches,
     strip: Strip | None = None,
@@ -82,7 +87,7 @@ def forward(
 
     Args:
         x: [M, K], rows contiguous.
-        weight: [N, K], one of its strides 1, dtype of x.
+        weight: [N, K], one of its strides 1, dtype of x; or quantized.
         bias: [N] or None, dtype of x.
         branches: the adapters and how to mix them.
         strip: from `shared_strips`, where the layer shares its pass over x.
@@ -91,9 +96,18 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     schedule = branches.schedule
     if schedule is None:
-        schedule = tiles.forward_schedule(x, weight, ranks, branches.threshold > 0)
+        like = _like(weight, x.dtype)
+        schedule = tiles.forward_schedule(x, like, ranks, branches.threshold > 0)
     elif reason := tiles.unserved(schedule, x, ranks, branches.threshold > 0):
         raise RuntimeError(f"schedule {schedule!r} cannot serve this call: {reason}")
+    packed_rows: tuple[Any, ...] = ()
+    if isinstance(weight, QuantizedWeight):
+        if schedule == "decode" and inside_rows(x.shape[1], weight.blocks):
+            octets, *statistics = _as_bytes(weight)
+            packed_rows = statistics, weight.blocks, _divisor(weight)
+            weight = octets.view(weight.shape[0], -1)
+        else:
+            weight = _dense(weight, x.dtype)
     if strip is not None:
         return _with_strip(x, weight, bias, strip, ranks, schedule)
     weights = _weights(branches)
@@ -101,7 +115,7 @@ def forward(
     if schedule == "decode":
         downs, ups = _sources(branches.downs), _sources(branches.ups)
         mixer = None if branches.mixer is None else branches.mixer.contiguous()
-        return decode(x, weight, bias, downs, ups, mixer, weights, ranks, scaling)
+        return decode(x, weight, bias, downs, ups, mixer, weights, ranks, scaling, *packed_rows)
     packed = _packed(x, [weight.shape[0]], [branches], ranks)
     down, up = packed.down[0], packed.ups[0]
     router = None if packed.router is None else packed.router[0]
@@ -122,8 +136,35 @@ def _with_strip(
     return y, strip.low, strip.gates
 
 
+def _dense(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """A weight as a matrix: itself, or written out where the next one will be."""
+    if isinstance(weight, Tensor):
+        return weight
+    target = workspace(weight, dtype)
+    if weight.kind == "fp8" and torch.version.hip is not None:  # its own fp8 is another one
+        return weight.dequantize(dtype, target)
+    return dequantize(_as_bytes(weight), weight.blocks, _divisor(weight), target)
+
+
+def _as_bytes(weight: QuantizedWeight) -> list[Tensor]:
+    """A weight's tensors, fp8 as plain bytes, of which a masked load can make zeros."""
+    data, *statistics = weight.tensors
+    return [data.view(torch.uint8) if weight.kind == "fp8" else data, *statistics]
+
+
+def _divisor(weight: QuantizedWeight) -> float:
+    return float(INT8_RANGE) if weight.kind == "int8" else 1.0
+
+
+def _like(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """A matrix of the weight's shape and alignment, to choose a schedule by."""
+    if isinstance(weight, Tensor):
+        return weight
+    return torch.empty(weight.shape, dtype=dtype, device="meta")
+
+
 def worth_sharing(
-    x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], dropout: bool
+    x: Tensor, weights: Sequence[Tensor | QuantizedWeight], sizes: Sequence[int], dropout: bool
 ) -> bool:
     """Whether one pass over x for several layers beats each layer's own schedule.
 
@@ -131,7 +172,8 @@ def worth_sharing(
     its own tiles cannot hide one.
     """
     ranks = side_by_side(sizes, x.dtype)
-    schedules = {tiles.forward_schedule(x, weight, ranks, dropout) for weight in weights}
+    matrices = [_like(weight, x.dtype) for weight in weights]
+    schedules = {tiles.forward_schedule(x, matrix, ranks, dropout) for matrix in matrices}
     if schedules & {"decode", "recompute"}:
         return False
     return schedules != {"overlapped"} or any(n < k for n, k in (w.shape for w in weights))
@@ -149,7 +191,7 @@ def shared_strips(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches])
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     low: Tensor,
     gates: Tensor | None,
     branches: Branches,
@@ -182,7 +224,7 @@ def backward(
 def _rows_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    base: Tensor | QuantizedWeight,
     low: Tensor,
     gates: Tensor | None,
     branches: Branches,
@@ -195,6 +237,7 @@ def _rows_backward(
     needs_x, needs_mixer = needs[:2]
     needs_downs = needs[2 : 2 + count]
     dropout, schedule = branches.threshold > 0, branches.schedule
+    weight = _dense(base, x.dtype) if needs_x else _like(base, x.dtype)
     if schedule is None or tiles.unserved(schedule, dy, ranks, dropout, backward=True):
         schedule = tiles.backward_schedule(dy, weight, ranks, dropout)
     joint = joint if ranks.padded <= tiles.WIDE_RANKS else None

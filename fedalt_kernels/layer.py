@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .api import mixed_lora_linear
-from .checks import IMPLEMENTATIONS
+from .checks import IMPLEMENTATIONS, check_quantized
+from .quantized import QuantizedWeight, storage_of
 from .sharing import SharedInput
 
 SCALAR = "scalar"
@@ -35,8 +36,12 @@ class MixedLoRALinear(nn.Module):
     ``rest_of_world.a`` [r, K], ``rest_of_world.b`` [N, r] (frozen).  The base keeps its dtype; the
     others are float32 (float64 over a float64 base), on the base's device.
 
+    A quantized base stays as it is stored; W and the bias are taken in x's dtype, in which the
+    layer computes and which it returns, so x is not quantized and needs no compute dtype.
+
     Args:
-        base: an ``nn.Linear``, or a Hugging Face ``Conv1D``, which stores its weight as [K, N].
+        base: an ``nn.Linear``; a Hugging Face ``Conv1D``, which stores its weight as [K, N]; a
+            quantized bitsandbytes ``Linear4bit`` or ``Linear8bitLt``; or an `Fp8Linear`.
         rank: r, at least 1.
         alpha: the adapters are scaled by alpha / rank.
         dropout: of the adapters' input, in training mode; rounded to a multiple of 1/256.
@@ -47,11 +52,13 @@ class MixedLoRALinear(nn.Module):
         impl: see `mixed_lora_linear`.
 
     Raises:
-        TypeError: the base is of another kind, or its weight is not floating point.
-        ValueError: rank, alpha, dropout or mixer is out of range.
+        TypeError: the base is of another kind, its weight is not floating point, or it stands in
+            a quantized layer that has not been moved to its device yet.
+        ValueError: rank, alpha, dropout or mixer is out of range, or a quantized weight is not
+            stored as `QuantizedWeight` says.
     """
 
-    base: nn.Linear  # or a Conv1D
+    base: nn.Linear  # or one of the others
     shared: SharedInput | None  # the layers that read the same x
     individual: LowRank
     rest_of_world: LowRank | None
@@ -70,7 +77,8 @@ class MixedLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.shared = None
-        self.transposed = _stores_transposed(base)
+        self.quantized = storage_of(base) != ""
+        self.transposed = not self.quantized and _stores_transposed(base)
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
         if not (math.isfinite(alpha) and alpha > 0):
@@ -88,7 +96,11 @@ class MixedLoRALinear(nn.Module):
         self.scaling = alpha / rank
         self.base = cast("nn.Linear", base.requires_grad_(False))
         weight = self.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = torch.float32
+        if isinstance(weight, QuantizedWeight):
+            check_quantized(weight, weight.device)
+        elif weight.dtype == torch.float64:
+            dtype = torch.float64
 
         def zeros(rows: int, columns: int) -> Tensor:
             return torch.zeros(rows, columns, dtype=dtype, device=weight.device)
@@ -107,9 +119,12 @@ class MixedLoRALinear(nn.Module):
         self.reset_parameters()
 
     @property
-    def weight(self) -> Tensor:
-        """The base weight as [N, K], whichever way it is stored."""
-        weight = self.base.weight
+    def weight(self) -> Tensor | QuantizedWeight:
+        """The base weight [N, K], whichever way it is stored."""
+        base = self._modules["base"]
+        if self.quantized:
+            return QuantizedWeight.of(base)  # anew, since `.to` gives it other tensors
+        weight = self._owned("base")["weight"]
         return weight.t() if self.transposed else weight
 
     @property
@@ -179,8 +194,9 @@ class MixedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
-        base = self._owned("base")
-        weight = base["weight"]
+        bias = self._owned("base")["bias"]
+        if self.quantized and bias is not None:
+            bias = bias.to(x.dtype)
         mixer, adapters = self._parameters["mixer"], self.adapters
         if mixer is not None and mixer.ndim == 1:  # g B A is the adapter (A, g B) with weight 1
             gates = torch.softmax(mixer, 0)
@@ -189,8 +205,8 @@ class MixedLoRALinear(nn.Module):
         made = None if self.shared is None else self.shared.take(self, x)
         return mixed_lora_linear(
             x,
-            weight.t() if self.transposed else weight,
-            base["bias"],
+            self.weight,
+            bias,
             adapters,
             self.fixed if mixer is None else mixer,
             scaling=self.scaling,
@@ -217,7 +233,10 @@ def _stores_transposed(base: Any) -> bool:
     """Whether the weight is stored as [K, N]; raises TypeError for a layer of another kind."""
     conv1d = type(base).__name__ == "Conv1D" and hasattr(base, "nf")
     if not (conv1d or isinstance(base, nn.Linear)):
-        raise TypeError(f"base must be an nn.Linear or a Conv1D, got {type(base).__name__}")
+        raise TypeError(
+            "base must be an nn.Linear or a Conv1D, a bitsandbytes Linear4bit or Linear8bitLt, "
+            f"or an Fp8Linear, got {type(base).__name__}"
+        )
     if not base.weight.dtype.is_floating_point:
         raise TypeError(f"base.weight must be floating point, got {base.weight.dtype}")
     return conv1d

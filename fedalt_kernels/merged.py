@@ -16,19 +16,20 @@ from torch import Tensor
 
 from .adapter import Branches, Factors
 from .dropout import mask_bytes
+from .quantized import QuantizedWeight, dense
 
 # 2 MiB of float32: larger blocks leave the cache, smaller ones cost calls.
 BLOCK_ELEMENTS = 2**19
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Branches
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, branches: Branches
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns y [M, N], P [M, R] in x's dtype, and the gates [M, E] (None without a mixer).
 
     Args:
         x: [M, K].
-        weight: [N, K], dtype of x.
+        weight: [N, K], dtype of x or quantized.
         bias: [N] or None, dtype of x.
         branches: the adapters and how to mix them.
     """
@@ -49,7 +50,7 @@ def forward(
         # As one more column it costs nothing; addmm would first copy it to every row of y.
         strip = torch.cat((strip, strip.new_ones(strip.shape[0], 1)), 1)
         up = torch.cat((up, bias.unsqueeze(1)), 1)
-    y = x @ weight.t()  # [M, K] [K, N]
+    y = x @ dense(weight, x.dtype).t()  # [M, K] [K, N]
     y.addmm_(strip, up.t())  # [M, R + 1] [R + 1, N]
     return y, low, gates
 
@@ -57,7 +58,7 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     low: Tensor,
     gates: Tensor | None,
     branches: Branches,
@@ -84,7 +85,7 @@ def backward(
             dgates = _sums(t * low, branches)
             dlogits = torch._softmax_backward_data(dgates, gates, -1, gates.dtype)
             dlogits = _cast(dlogits, x.dtype)
-        dx = dy @ weight if needs_x else None  # [M, N] [N, K]
+        dx = dy @ dense(weight, x.dtype) if needs_x else None  # [M, N] [N, K]
         add = _add_dropped if branches.threshold else _add_plain
         rows = add(dx, x, dlow, dlogits, branches, needs_rows)
         grads = rows if dx is None else [dx, *rows]

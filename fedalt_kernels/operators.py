@@ -9,18 +9,23 @@ from torch import Tensor, library
 
 from . import merged
 from .adapter import Branches
+from .quantized import QuantizedWeight
 
 _BRANCHES = (
     "Tensor[] downs, Tensor[] ups, Tensor? mixer, float[]? weights, float scaling, int threshold, "
     "Tensor? seed, str? schedule"
 )
+# A quantized weight comes last, in the order of its fields, and then `weight` is None.
+_PACKED = "str? kind=None, int[]? shape=None, Tensor[]? tensors=None, int[]? blocks=None"
 _FORWARD = (
-    f"(Tensor x, Tensor weight, Tensor? bias, {_BRANCHES}) -> (Tensor y, Tensor low, Tensor gates)"
+    f"(Tensor x, Tensor? weight, Tensor? bias, {_BRANCHES}, {_PACKED})"
+    " -> (Tensor y, Tensor low, Tensor gates)"
 )
 _BACKWARD = (
-    f"(Tensor dy, Tensor x, Tensor weight, Tensor low, Tensor gates, {_BRANCHES}, bool[] needs)"
-    " -> Tensor[]"
+    f"(Tensor dy, Tensor x, Tensor? weight, Tensor low, Tensor gates, {_BRANCHES}, bool[] needs, "
+    f"{_PACKED}) -> Tensor[]"
 )
+_COUNT = len(Branches._fields)
 _NAMES = {"torch": "merged", "triton": "fused"}
 
 
@@ -32,20 +37,27 @@ def _module(impl: str) -> Any:
     return fused
 
 
+def _base(weight: Tensor | None, packed: Sequence[Any]) -> Tensor | QuantizedWeight:
+    if weight is not None:
+        return weight
+    kind, (n, k), tensors, blocks = packed
+    return QuantizedWeight(kind, (n, k), tuple(tensors), tuple(blocks))
+
+
 def _run_forward(
-    impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
+    impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, low, gates = _module(impl).forward(x, weight, bias, Branches(*branches))
+    branches, base = Branches(*rest[:_COUNT]), _base(weight, rest[_COUNT:])
+    y, low, gates = _module(impl).forward(x, base, bias, branches)
     return y, low, x.new_empty(0) if gates is None else gates
 
 
 def _run_backward(
-    impl: str, dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
+    impl: str, dy: Tensor, x: Tensor, weight: Tensor | None, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
-    *branches, needs = rest
-    mixed = Branches(*branches)
+    mixed, needs, *packed = Branches(*rest[:_COUNT]), *rest[_COUNT:]
     held = None if mixed.mixer is None else gates
-    grads = _module(impl).backward(dy, x, weight, low, held, mixed, needs)
+    grads = _module(impl).backward(dy, x, _base(weight, packed), low, held, mixed, needs)
     # An operator's outputs must not share storage; gradients cut from one product do.
     return [
         grad if i == 0 and needs[0] else grad.clone(memory_format=torch.contiguous_format)
@@ -54,12 +66,12 @@ def _run_backward(
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Any
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mixed = Branches(*branches)
+    mixed = Branches(*rest[:_COUNT])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rank = sum(a.shape[0] for a in mixed.downs)
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y = x.new_empty(x.shape[0], _base(weight, rest[_COUNT:]).shape[0])
     low = x.new_empty(x.shape[0], rank)
     if mixed.mixer is None:
         return y, low, x.new_empty(0)
@@ -67,10 +79,9 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, low: Tensor, gates: Tensor, *rest: Any
+    dy: Tensor, x: Tensor, weight: Tensor | None, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
-    *branches, needs = rest
-    mixed = Branches(*branches)
+    mixed, needs = Branches(*rest[:_COUNT]), rest[_COUNT]
     inputs = [x, mixed.mixer, *mixed.downs, *mixed.ups]
     return [
         torch.empty(source.shape, dtype=source.dtype, device=source.device)
@@ -79,11 +90,21 @@ def _fake_backward(
     ]
 
 
+def _split(weight: Tensor | QuantizedWeight) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """A weight as the operators take it: the matrix, or the fields of a quantized one."""
+    return (weight, ()) if isinstance(weight, Tensor) else (None, tuple(weight))
+
+
 def _forward(
-    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Branches
+    name: str,
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    branches: Branches,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     operator = getattr(torch.ops.fedalt_kernels, f"{name}_forward")
-    y, low, gates = operator(x, weight, bias, *branches)
+    matrix, packed = _split(weight)
+    y, low, gates = operator(x, matrix, bias, *branches, *packed)
     return y, low, gates if branches.mixer is not None else None
 
 
@@ -91,7 +112,7 @@ def _backward(
     name: str,
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     low: Tensor,
     gates: Tensor | None,
     branches: Branches,
@@ -99,7 +120,8 @@ def _backward(
 ) -> list[Tensor]:
     operator = getattr(torch.ops.fedalt_kernels, f"{name}_backward")
     held = low.new_empty(0) if gates is None else gates
-    return operator(dy, x, weight, low, held, *branches, needs)
+    matrix, packed = _split(weight)
+    return operator(dy, x, matrix, low, held, *branches, needs, *packed)
 
 
 def _register(impl: str, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -102,7 +102,7 @@ class SharedInput:
         first = self.layers[0]
         return x.numel() > 0 and all(
             implementation(layer.impl, x, layer.weight) == "triton"
-            and layer.weight.dtype == x.dtype
+            and (layer.quantized or layer.weight.dtype == x.dtype)
             and layer.in_features == x.shape[-1]
             and (layer.mixer is None or layer.mixer.ndim == 2)
             and _settings(layer) == _settings(first)

@@ -5,6 +5,8 @@ last of them to arrive adds the slices up in fixed order, gates them and announc
 stream their rows of W meanwhile and need S only at the end.  Adapters and mixer are read where they
 lie, in their own dtype, since packing them would be a second launch.
 
+A quantized weight is dequantized on its way, tile by tile; the scales of rows are left to the sum.
+
 The programs that make S are the first of the grid.  GPUs dispatch those first, though CUDA does not
 promise it; a ticket, as `overlapped` draws one, would cost an estimated 0.7 of the ten µs
 that a whole launch takes at N = K = 4096.
@@ -32,6 +34,7 @@ from .primitives import (
     store_block,
     up_pointers,
 )
+from .quantized import load_quantized
 from .signals import leave_clean, publish, wait_for
 from .tiles import Ranks, precision, stored, tile_for
 from .workspace import counters
@@ -117,6 +120,7 @@ def _finish(
 def _decode(
     x,
     weight,
+    statistics,
     bias,
     downs,
     ups,
@@ -129,6 +133,7 @@ def _decode(
     partial,
     counts,
     scaling,
+    divisor,
     M,
     stride_x,
     stride_weight,
@@ -146,6 +151,8 @@ def _decode(
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     OUT_MAJOR: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Programs 0 to SLICES - 1 make S; each of the others BLOCK_N columns of y."""
@@ -198,10 +205,28 @@ def _decode(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             b_x = load_block(x, 0, k, M, K, stride_x, BLOCK_M, BLOCK_K, False, False)
-            b_weight = load_factor(
-                weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, OUT_MAJOR, False
-            )
+            if QUANTIZED:
+                b_weight = load_quantized(
+                    weight,
+                    statistics,
+                    at,
+                    k,
+                    N,
+                    K,
+                    BLOCK_N,
+                    BLOCK_K,
+                    BLOCKS,
+                    b_x.dtype,
+                    PRECISION,
+                ).T
+            else:
+                b_weight = load_factor(
+                    weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, OUT_MAJOR, False
+                )
             acc = dot(b_x, b_weight, acc, PRECISION)  # [m, k] [k, n]
+        if QUANTIZED and len(BLOCKS) == 0:
+            b_scale = tl.load(statistics[0] + o_n, mask=o_n < N, other=0.0)
+            acc *= (b_scale / divisor)[None, :]
         wait_for(ready)
         b_gated = load_block(gated, 0, 0, BLOCK_M, RANKS, RANKS, BLOCK_M, RANKS, True, False)
         b_up = rounded(b_up, b_gated.dtype, PRECISION)
@@ -210,6 +235,11 @@ def _decode(
             acc = add_bias(acc, bias, at, N, BLOCK_N)
         store_block(y, acc, 0, at, M, N, N, BLOCK_M, BLOCK_N, False, PRECISION)
     leave_clean(counts, 3)
+
+
+def inside_rows(columns: int, blocks: tuple[int, ...]) -> bool:
+    """Whether blocks and bytes of a quantized weight with this many columns end with its rows."""
+    return not blocks or columns % max(2, blocks[0]) == 0
 
 
 def decode(
@@ -222,13 +252,18 @@ def decode(
     weights: Sequence[float],
     ranks: Ranks,
     scaling: float,
+    statistics: Sequence[Tensor] = (),
+    blocks: tuple[int, ...] = (),
+    divisor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [M, N], P [M, R] and the gates [M, E] or None, for up to 64 rows, without dropout.
 
     Args:
-        x, weight, bias: as of `overlapped`.
+        x, weight, bias: as of `overlapped`; of a quantized weight, its data as N rows.
         downs, ups: E of A_e [r_e, K] and of B_e [N, r_e], contiguous and of one dtype.
         mixer: [E, K], contiguous, or None.
+        statistics, blocks, divisor: of a quantized weight, as of `dequantize`; blocks must be
+            inside of rows, see `inside_rows`.
     """
     m, k = x.shape
     n, e = weight.shape[0], len(downs)
@@ -243,6 +278,7 @@ def decode(
     _decode[(SLICES + triton.cdiv(n, tile.n),)](
         x=x,
         weight=rows,
+        statistics=tuple(statistics) or None,
         bias=bias,
         downs=tuple(downs),
         ups=tuple(ups),
@@ -255,6 +291,7 @@ def decode(
         partial=x.new_empty(SLICES, block_m, width, dtype=torch.float32),
         counts=counters(x.device, 3),
         scaling=float(scaling),
+        divisor=divisor,
         M=m,
         stride_x=x.stride(0),
         stride_weight=rows.stride(0),
@@ -272,6 +309,8 @@ def decode(
         BIAS=bias is not None,
         GATED=mixer is not None,
         OUT_MAJOR=rows is weight,
+        QUANTIZED=len(statistics) > 0,
+        BLOCKS=blocks,
         PRECISION=precision(x.dtype),
         num_warps=tile.warps,
     )

@@ -1,0 +1,57 @@
+"""A frozen linear layer whose weight is kept in eight bits of floating point."""
+
+import torch
+from torch import Tensor, nn
+
+from .quantized import QuantizedWeight
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer with an e4m3 weight and one scale a row, half the size of bfloat16::
+
+        y = x Wᵀ + bias,    W[n, k] = weight[n, k] scale[n],    scale[n] = max_k |W₀[n, k]| / 448
+
+    ``weight`` is float8_e4m3fn [N, K], ``scale`` float32 [N], ``bias`` [N] or None in the dtype it
+    came in.  x may be of any floating-point dtype; W and the bias are taken in it.
+    """
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        frozen = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", frozen)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear) -> "Fp8Linear":
+        """Rounds a linear layer's weight to the nearest e4m3 multiple of its row's scale.
+
+        Raises:
+            TypeError: `linear` is no ``nn.Linear``, or its weight is not floating point.
+            ValueError: its weight is not finite.
+        """
+        if not isinstance(linear, nn.Linear) or not linear.weight.dtype.is_floating_point:
+            raise TypeError(f"linear must be an nn.Linear of floats, got {type(linear).__name__}")
+        wide = linear.weight.float()
+        largest = wide.abs().amax(1)
+        if not largest.isfinite().all():
+            raise ValueError("linear.weight must be finite")
+        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+        # The quotient of a largest element may have been rounded beyond what e4m3 holds.
+        scaled = (wide / scale.unsqueeze(1)).clamp(-LARGEST, LARGEST)
+        return cls(scaled.to(torch.float8_e4m3fn), scale, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = QuantizedWeight.of(self).dequantize(x.dtype)
+        return nn.functional.linear(x, weight, bias)
+
+    def extra_repr(self) -> str:
+        n, k = self.weight.shape
+        return f"in_features={k}, out_features={n}, bias={self.bias is not None}"
