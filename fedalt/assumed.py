@@ -26,7 +26,7 @@ class Assumed:
     Attributes:
         test_record: what ``test_example`` was made of, as far as scores are concerned.
         train, test: how many of them the largest client has.
-        words: what was assumed, for people.
+        size: of an example to train on and of one to evaluate on, for people; ``source``: why.
     """
 
     train_example: Any
@@ -34,7 +34,8 @@ class Assumed:
     test_record: Any
     train: int
     test: int
-    words: str
+    size: tuple[str, str]
+    source: str
 
 
 def read_at_hand(config: Config) -> list[Parts]:
@@ -66,23 +67,19 @@ def _texts(
     if not parts:
         half = data.max_length // 2
         example, record = Example((0,) * (data.max_length - half), (0,) * half), Record("", "")
-        words = (
-            f"{data.max_length} tokens, half of them answer (data.max_length: "
-            f"{data.name} is not at hand)"
-        )
-        return Assumed(example, example, record, UNKNOWN, UNKNOWN, words)
+        size = (_size(example),) * 2
+        source = f"data.max_length, half of it answer: {data.name} is not at hand"
+        return Assumed(example, example, record, UNKNOWN, UNKNOWN, size, source)
     train = [example for part in parts for example in encode(part.train)]
     records = [record for part in parts for record in part.test]
     test = encode(records)
     examples = _longest(train), _longest(test)
-    lengths = [(len(each.prompt) + len(each.answer), len(each.answer)) for each in examples]
-    words = "{} tokens with answers of {}, the longest of {}; evaluation: {} and {}".format(
-        *lengths[0], data.name, *lengths[1]
-    )
     options = max(len(record.options) for record in records)  # each is a row of its own
-    counts = [max(len(part.train) for part in parts), max(len(part.test) for part in parts)]
-    counts[1] *= max(1, options)
-    return Assumed(*examples, records[0], *counts, words)
+    most = max(len(part.train) for part in parts)
+    most_tested = max(1, options) * max(len(part.test) for part in parts)
+    size = _size(examples[0]), _size(examples[1])
+    source = f"the longest of {data.name}"
+    return Assumed(*examples, records[0], most, most_tested, size, source)
 
 
 def _longest(examples: Sequence[Example]) -> Example:
@@ -92,9 +89,16 @@ def _longest(examples: Sequence[Example]) -> Example:
     return Example((0,) * (length - answer), (0,) * answer)
 
 
+def _size(example: Example) -> str:
+    answer = len(example.answer)
+    return f"{len(example.prompt) + answer} tokens, {answer} of them answer"
+
+
 def _images(parts: Sequence[Parts]) -> Assumed:
     record = ImageRecord(np.zeros((8, 8, 3), np.uint8), "")
     example = ImageExample(record, 0)
     train = max((len(part.train) for part in parts), default=UNKNOWN)
     test = max((len(part.test) for part in parts), default=UNKNOWN)
-    return Assumed(example, example, record, train, test, "images of the processor's size")
+    return Assumed(
+        example, example, record, train, test, ("images", "images"), "the processor's size"
+    )

@@ -13,7 +13,7 @@ import torch
 
 from fedalt.config import Config
 from fedalt.rehearsal import Bytes, Rehearsal
-from fedalt.tables import mib, table
+from fedalt.tables import table
 from fedalt.tracker import Kind
 
 MARGIN = 1.1
@@ -53,7 +53,7 @@ class Planner:
 
     def options(self) -> Iterator[Settings]:
         """The options that are not on yet, one at a time; what they cost rises along the way."""
-        train, micro_batch, scored = self.config.train, self._micro_batch(), self._scored()
+        train, micro_batch, scored = self.config.train, self._micro_batch(), self.scored
         if self.config.data.kind == "text" and (train.loss_chunk or SMALL_CHUNK + 1) > SMALL_CHUNK:
             yield {"train.loss_chunk": SMALL_CHUNK}
         if micro_batch > 1:
@@ -96,7 +96,7 @@ class Planner:
         """The same with sizes of batches as large as they may be."""
         most = {
             "train.micro_batch": self._micro_batch(),
-            "evaluate.batch_size": self._scored(),
+            "evaluate.batch_size": self.scored,
         }
         for key in most.keys() & settings.keys():
             size = most[key] // 2
@@ -111,7 +111,8 @@ class Planner:
         most = min(train.batch_size, self.rehearsal.assumed.train)
         return min(train.micro_batch or most, most)
 
-    def _scored(self) -> int:
+    @property
+    def scored(self) -> int:
         """The examples that are evaluated at once."""
         return min(self.config.evaluate.batch_size, self.rehearsal.assumed.test)
 
@@ -126,20 +127,21 @@ def foretell(config: Config) -> str:
     """
     planner = Planner(config)
     rehearsal, need = planner.rehearsal, planner.need({})
-    base, size = config.model, min(config.train.batch_size, rehearsal.assumed.train)
-    scored = min(config.evaluate.batch_size, rehearsal.assumed.test)
+    base, assumed = config.model, rehearsal.assumed
+    size, scored = min(config.train.batch_size, assumed.train), planner.scored
+    trained, tested = assumed.size
     lines = [
-        f"{base.path} in {base.dtype} on {rehearsal.device}; training on {size} x, evaluation on "
-        f"{scored} x {rehearsal.assumed.words}",
+        f"{base.path} in {base.dtype}, quantization {base.quantization}, on {rehearsal.device}",
+        f"training on {size} x {trained}; evaluation on {scored} x {tested} ({assumed.source})",
         "",
         table(
             ("MiB at the peak", "training", "evaluation"),
             [
-                [kind, mib(need.training[kind]), mib(need.evaluation[kind])]
+                [kind, _mib(need.training[kind]), _mib(need.evaluation[kind])]
                 for kind in Kind
-                if need.training[kind] or need.evaluation[kind]
+                if max(need.training[kind], need.evaluation[kind]) > 2**14
             ]
-            + [["peak", mib(need.training.total()), mib(need.evaluation.total())]],
+            + [["peak", _mib(need.training.total()), _mib(need.evaluation.total())]],
         ),
         "",
         table(
@@ -155,21 +157,25 @@ def foretell(config: Config) -> str:
 def _row(planner: Planner, option: Settings, before: Need) -> list[str]:
     after = planner.need(option)
     totals = after.training.total(), after.evaluation.total(), before.peak - after.peak
-    return [_told(option), *map(mib, totals)]
+    return [_told(option), *map(_mib, totals)]
 
 
 def _verdict(planner: Planner, peak: int, free: int | None) -> str:
     device = planner.rehearsal.device
     if free is None:
-        return f"{mib(peak)} MiB are needed; this system does not tell what is free on {device}"
-    told = f"{mib(peak)} MiB are needed, {mib(free)} MiB are free on {device}"
+        return f"{_mib(peak)} MiB are needed; this system does not tell what is free on {device}"
+    told = f"{_mib(peak)} MiB are needed, {_mib(free)} MiB are free on {device}"
     if fits(peak, free):
         return f"{told}: fits"
     settings, least = planner.cure(free)
     if settings is None:
-        return f"{told}: does not fit, nor with all of these options: {mib(least)} MiB"
+        return f"{told}: does not fit, nor with all of these options: {_mib(least)} MiB"
     told_settings = " ".join(f"-c {_told({key: value})}" for key, value in settings.items())
-    return f"{told}: does not fit; with {told_settings} it needs {mib(least)} MiB and fits"
+    return f"{told}: does not fit; with {told_settings} it needs {_mib(least)} MiB and fits"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f}"
 
 
 def _told(settings: Settings) -> str:

@@ -77,16 +77,19 @@ class Rehearsal:
                 mark_chunkable(self._model)
 
     def training(self, train: TrainConfig, quantization: str) -> Bytes:
-        """The most bytes, by kind, that a step holds; the optimizer's moments are there already.
+        """The most bytes, by kind, that a step holds beside the moments of those before it.
 
         Raises:
             InputError: the model has no checkpointing and it is asked for, or cannot be followed.
         """
-        followed = replace(train, optimizer="adamw", max_steps=2 * len(self._method.trains))
+        followed = replace(train, optimizer="adamw", max_steps=len(self._method.trains))
         if followed not in self._ran:
             if train.gradient_checkpointing:
                 check_recomputes(self._model)
-            examples = [self.assumed.train_example] * min(train.batch_size, self.assumed.train)
+            count = min(train.batch_size, self.assumed.train)
+            if train.micro_batch is not None:  # the third part meets what the second did
+                count = min(count, 2 * train.micro_batch)
+            examples = [self.assumed.train_example] * count
             task = self._task(replace(self._config, train=train))
             with self._followed() as tracker:
                 train_client(
@@ -99,6 +102,7 @@ class Rehearsal:
                     count=task.count,
                 )
             self._ran[followed] = tracker.peak
+            self._ran[followed][Kind.OPTIMIZER] = tracker.moments
         peak = self._quantized(self._ran[followed], quantization)
         if train.optimizer != "adamw":
             peak[Kind.OPTIMIZER] = self._moments_8bit(paged=train.optimizer.startswith("paged"))

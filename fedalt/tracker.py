@@ -85,6 +85,8 @@ class Tracker(TorchDispatchMode):
         self._at_most: list[Held] = []
         self._stack: list[nn.Module] = []
         self._in_loss = False
+        self.moments = 0
+        """Bytes that the last optimizer held after its step."""
         self.cache: list[int] = []
         """Bytes of every tensor of the key-value cache after the last forward that had one."""
         for tensor in (*model.parameters(), *model.buffers()):
@@ -226,6 +228,7 @@ class Tracker(TorchDispatchMode):
         for each in tree_leaves(list(optimizer.state.values())):
             if isinstance(each, Tensor):
                 self._label(each, Kind.OPTIMIZER)
+        self.moments = sum(self.held(Kind.OPTIMIZER))
 
     def _label(self, tensor: Tensor, kind: Kind) -> None:
         held = self._see(tensor, kind)

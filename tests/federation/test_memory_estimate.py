@@ -215,7 +215,8 @@ def test_bad_settings_are_refused_in_one_line(setting, message, tiny, capsys):
 
 def test_data_that_are_not_at_hand_are_assumed_long(tiny, capsys):
     out = told([tiny, "-c", "data.path=not/here", "-c", "data.max_length=64"], capsys)
-    assert "64 tokens, half of them answer (data.max_length: here is not at hand)" in out
+    assert "4 x 64 tokens, 32 of them answer" in out
+    assert "(data.max_length, half of it answer: here is not at hand)" in out
 
 
 def test_quantized_weights_take_their_bytes(tiny):
