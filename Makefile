@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: run test lint bench proof bench-gpu clean
+.PHONY: run test lint bench bench-memory proof bench-gpu clean
 
 run: $(READY)
 	@echo "== fedalt run: the built-in sample, eight clients, about two minutes on two cores"
@@ -23,13 +23,17 @@ bench: $(READY)
 	@echo "== the layer and a training step beside their peers; checks first, then times"
 	$(BIN)/python -m pytest bench -q -s
 
+bench-memory: $(READY)
+	@echo "== a training step's memory and time beside PEFT, within five minutes"
+	$(BIN)/python -m bench memory
+
 proof: $(READY)
 	@echo "== what can be shown of the kernels without a GPU: compiled, counted, interpreted"
 	$(BIN)/python -m bench proof
 
 # With any Python that has torch and triton, so that a GPU machine needs no set-up and no network.
 bench-gpu:
-	@echo "== the layer and a whole model on this GPU, within eight minutes; checks first, then times"
+	@echo "== the layer, a whole model and its memory on this GPU, within ten minutes; checks first, then times"
 	$(PYTHON) -m bench gpu
 
 clean:

@@ -12,6 +12,8 @@
     device       timing, ceilings and description of a GPU
     kernels      the candidates on a GPU: checked, then timed
     model        a whole model: training step and decoding
+    memory       a training step's peak and time beside PEFT, each in its own process
+    memory_worker  one such process
     tune         a search over tiles for the GPU at hand
     plots        of the kernels' table
     report       a table as JSON and Markdown

@@ -18,8 +18,9 @@ from . import roofline
 from .report import RESULTS
 from .roofline import Ceilings
 
-WHOLE_S = 470.0  # of `gpu`, so that it ends within eight minutes
+WHOLE_S = 590.0  # of `gpu`, so that it ends within ten minutes
 MODEL_S = 130.0  # kept back for the model
+MEMORY_S = 120.0  # and for the memory of a step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +58,12 @@ def _model(options: argparse.Namespace) -> None:
     model.run(None if options.tiny else _folder(options), options.tiny, options.budget)
 
 
+def _memory(options: argparse.Namespace) -> None:
+    from . import memory
+
+    memory.run(None if options.quick else options.out, options.budget, options.quick)
+
+
 def _overhead(options: argparse.Namespace) -> int:
     from . import overhead
 
@@ -78,20 +85,22 @@ def _gpu(options: argparse.Namespace) -> int:
     folder = _folder(options)
     failed = 0
     try:
-        rows = kernels.run(max(60.0, options.budget - MODEL_S), folder, options.workers)
+        spare = max(60.0, options.budget - MODEL_S - MEMORY_S)
+        rows = kernels.run(spare, folder, options.workers)
         _plot(rows, folder)
     except Exception as error:  # what was measured before it is written, and the model may work
         kernels.say(f"bench: the kernels' table is cut short: {brief(error)}")
         failed = 1
-    left = max(60.0, started + options.budget - time.monotonic())
-    # In a process of its own, whatever has become of this one's device.
-    command = [sys.executable, "-m", "bench", "model", "--budget", f"{left:.0f}"]
-    try:
-        model = subprocess.run([*command, "--out", options.out], check=False, timeout=left + 60)
-        failed = failed or model.returncode
-    except subprocess.TimeoutExpired:
-        kernels.say("bench: the model's table is cut short: its time is over")
-        failed = 1
+    # In processes of their own, whatever has become of this one's device.
+    for part, kept_back in (("model", MEMORY_S), ("memory", 0.0)):
+        left = max(60.0, started + options.budget - kept_back - time.monotonic())
+        command = [sys.executable, "-m", "bench", part, "--budget", f"{left:.0f}"]
+        try:
+            done = subprocess.run([*command, "--out", options.out], check=False, timeout=left + 60)
+            failed = failed or done.returncode
+        except subprocess.TimeoutExpired:
+            kernels.say(f"bench: the table of the {part} is cut short: its time is over")
+            failed = 1
     kernels.say(f"done in {time.monotonic() - started:.0f} s: {folder}")
     return failed
 
@@ -187,6 +196,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(model)
     model.set_defaults(command=_model)
 
+    memory = commands.add_parser("memory", help="a step's peak and time beside PEFT; no GPU needed")
+    memory.add_argument("--quick", action="store_true", help="see that it works; writes nothing")
+    _add_time(memory, 280.0)
+    _add_place(memory)
+    memory.set_defaults(command=_memory)
+
     overhead = commands.add_parser("overhead", help="a round beside its clients' own work; no GPU")
     overhead.add_argument("--data", default="", help="as of fedalt run; default: the sample")
     overhead.add_argument("--repeats", type=_count, default=5, help="rounds, default 5")
@@ -197,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_time(tune, 600.0)
     tune.set_defaults(command=_tune)
 
-    gpu = commands.add_parser("gpu", help="kernels, plots and model within eight minutes")
+    gpu = commands.add_parser("gpu", help="kernels, plots, model and memory within ten minutes")
     _add_time(gpu, WHOLE_S)
     _add_place(gpu)
     _add_workers(gpu)

@@ -56,8 +56,8 @@ class _Single(nn.Module):
         return self.linear(x)
 
 
-def two_peft_loras(layer: MixedLoRALinear) -> nn.Module:
-    """A PEFT model over the base with two active LoRAs, the second frozen; they add ungated."""
+def one_peft_lora(layer: MixedLoRALinear) -> nn.Module:
+    """A PEFT model over the base with one LoRA of the layer's rank, untrained."""
     import peft  # not on every machine that times the others
 
     config = peft.LoraConfig(
@@ -66,8 +66,13 @@ def two_peft_loras(layer: MixedLoRALinear) -> nn.Module:
         lora_dropout=layer.dropout,
         target_modules=["linear"],
     )
-    model = peft.get_peft_model(_Single(copy.deepcopy(layer.base)), config, PEFT_NAMES[0])
-    model.add_adapter(PEFT_NAMES[1], config)
+    return peft.get_peft_model(_Single(copy.deepcopy(layer.base)), config, PEFT_NAMES[0])
+
+
+def two_peft_loras(layer: MixedLoRALinear) -> nn.Module:
+    """A PEFT model over the base with two active LoRAs, the second frozen; they add ungated."""
+    model = one_peft_lora(layer)
+    model.add_adapter(PEFT_NAMES[1], model.peft_config[PEFT_NAMES[0]])
     model.base_model.set_adapter(list(PEFT_NAMES))
     inner = model.base_model.model.linear
     with torch.no_grad():

@@ -17,6 +17,7 @@ from fedalt.config import Config
 from fedalt.errors import InputError, RunFailed
 from fedalt.export import export_client
 from fedalt.join import join_run
+from fedalt.memory import foretell
 from fedalt.report import write_report
 from fedalt.run import Federation, evaluate_run
 from fedalt.rundir import CONFIG
@@ -64,6 +65,10 @@ def _compare(options: argparse.Namespace) -> None:
     jobs = _whole_number(options.jobs, "--jobs")
     options.cure = "go on with the same command and --resume"
     _show(*compare(_config(options), options.methods.split(","), seeds, jobs, options.resume))
+
+
+def _memory(options: argparse.Namespace) -> None:
+    print(foretell(_config(options)))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -140,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--jobs", default="1", help="runs at a time, each in a process")
     several.set_defaults(command=_compare)
 
+    memory = commands.add_parser("memory", help="what memory a run will need, told beforehand")
+    _add_settings(memory)
+    memory.set_defaults(command=_memory, out="", resume=False)
+
     evaluate = commands.add_parser("evaluate", help="score a run's clients afresh")
     evaluate.add_argument("run", metavar="RUN", help="a run directory")
     evaluate.add_argument("--client", default="", help="only this client")
@@ -166,12 +175,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser)
+    parser.add_argument("--out", default="", help="the run directory")
+    parser.add_argument("--resume", action="store_true", help="go on where the run was cut short")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the sample")
     parser.add_argument(
         "--data", default="", help="a folder with one folder a client, or a dataset"
     )
-    parser.add_argument("--out", default="", help="the run directory")
-    parser.add_argument("--resume", action="store_true", help="go on where the run was cut short")
     parser.add_argument(
         "-c",
         dest="settings",

@@ -260,8 +260,7 @@ def set_stage(config: Config) -> Stage:
 
 def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]:
     """The base with fresh adapters as the config's method wants them, and its task."""
-    method: Method = get_method(config.method)
-    lora, base = config.lora, config.model
+    method, lora, base = get_method(config.method), config.lora, config.model
     if method.changes_base and base.quantization != "none":
         raise InputError(
             f"model.quantization: {method.name} adds to the base weights, which "
@@ -275,6 +274,14 @@ def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]
     else:
         model, tokenizer = models.load_base(base)
         task = TextTask(config, tokenizer)
+    put_adapters(model, config)
+    return model, task
+
+
+def put_adapters(model: nn.Module, config: Config) -> None:
+    """Fresh adapters as the config's method wants them, in place."""
+    method: Method = get_method(config.method)
+    lora = config.lora
     models.inject(
         model,
         lora.rank,
@@ -287,4 +294,3 @@ def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]
         modules_to_save=lora.modules_to_save,
         impl=lora.impl,
     )
-    return model, task

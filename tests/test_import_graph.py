@@ -45,7 +45,19 @@ KERNELS = {
     "layer": {"adapter", "api", "checks", "quantized", "sharing"},
 }
 # The loop is ordered from the command down: nothing imports what stands above it.
-COMMANDS = ["__main__", "cli", "compare", "export", "run", "rounds", "join", "stage", "tasks"]
+COMMANDS = [
+    "__main__",
+    "cli",
+    "compare",
+    "export",
+    "run",
+    "rounds",
+    "join",
+    "memory",
+    "rehearsal",
+    "stage",
+    "tasks",
+]
 STRANGERS = {"client", "server", "evaluate"}
 
 

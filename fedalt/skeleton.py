@@ -1,0 +1,87 @@
+"""The model of a run without its weights: from its configuration alone, in fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedalt.config import BUILTIN_BASE, BUILTIN_VIT, Config
+from fedalt.errors import InputError, first_line
+
+ASSETS = {BUILTIN_BASE: "base", BUILTIN_VIT: "vit"}
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a setting; ``InputError`` where there is none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"model.device: {name!r} cannot be used: {first_line(error)}") from None
+
+
+def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Any]:
+    """The frozen base on the meta device, and its tokenizer or image processor.
+
+    Args:
+        config: of the run; of the model's files only its configuration and its tokenizer's or
+            processor's are read.
+        classes: of images, every class name; empty: those that the model knows.
+
+    Raises:
+        InputError: no such model.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoTokenizer,
+    )
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    path = config.model.path
+    if path in ASSETS:
+        path = str(Path(__file__).parent / "assets" / ASSETS[path])
+    tool: Any
+    kind: Any
+    try:
+        shape = AutoConfig.from_pretrained(path)
+        if config.data.kind == "image":
+            kind = AutoModelForImageClassification
+            tool = AutoImageProcessor.from_pretrained(path, backend="pil")
+            if not set(classes) <= set(shape.label2id or {}):
+                shape.id2label = dict(enumerate(classes))
+                shape.label2id = {name: row for row, name in enumerate(classes)}
+        else:
+            kind = AutoModelForCausalLM
+            tool = AutoTokenizer.from_pretrained(path, padding_side="left")
+            if tool.pad_token_id is None:
+                tool.pad_token = tool.eos_token
+        with torch.device("meta"):
+            model = kind.from_config(shape, dtype=getattr(torch, config.model.dtype))
+    except (OSError, ValueError, ImportError) as error:
+        reason = first_line(error)
+        raise InputError(f"model.path: cannot load {config.model.path!r}: {reason}") from None
+    return model.requires_grad_(False).eval(), tool
+
+
+def give_storage(model: nn.Module, device: torch.device) -> None:
+    """Move a model from the meta device to ``device``, under a ``FakeTensorMode``.
+
+    Tensors that modules share stay shared.
+    """
+    moved: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    empty: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        empty = nn.Parameter(empty, requires_grad=False)
+                    moved[id(tensor)] = empty
+                tensors[name] = moved[id(tensor)]
