@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
     "Llama-2-7B": {},  # transformers' own defaults
 }
-BATCHES = {"built-in": (16, 128), "Llama 0.1B": (4, 128), "Llama-2-7B": (8, 512)}  # rows, tokens
+BATCHES = {"built-in": (8, 128), "Llama 0.1B": (2, 128), "Llama-2-7B": (8, 512)}  # rows, tokens
 TARGETS = ("q_proj", "v_proj")
 SAVED_TOKENS, SAVED_WIDTH = 1024, 1024
 
@@ -73,7 +73,7 @@ def _pack(model: Any, config: Any) -> None:
 
     head = output_head(model)
     if config.quantization not in ("int8", "nf4"):
-        finish_loading(model, head, config)
+        finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
         return
     import bitsandbytes as bnb
 

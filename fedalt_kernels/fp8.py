@@ -1,11 +1,35 @@
 """A frozen linear layer whose weight is kept in eight bits of floating point."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .quantized import QuantizedWeight
+from .quantized import QuantizedWeight, dense
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + bias that keeps the packed weight for dX = dY W, and not W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(data, scale)
+        return nn.functional.linear(x, _matrix(data, scale, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        data, scale = ctx.saved_tensors
+        return dy @ _matrix(data, scale, dy.dtype), None, None, None
+
+
+def _matrix(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    n, k = data.shape
+    weight = QuantizedWeight("fp8", (n, k), (data, scale))
+    return weight.dequantize(dtype) if torch.compiler.is_compiling() else dense(weight, dtype)
 
 
 class Fp8Linear(nn.Module):
@@ -50,8 +74,7 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        weight = QuantizedWeight.of(self).dequantize(x.dtype)
-        return nn.functional.linear(x, weight, bias)
+        return _Product.apply(x, self.weight, self.scale, bias)
 
     def extra_repr(self) -> str:
         n, k = self.weight.shape

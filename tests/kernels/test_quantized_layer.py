@@ -34,6 +34,24 @@ def test_fp8_linear_is_near_the_layer_it_came_from() -> None:
     assert repr(fp8) == "Fp8Linear(in_features=48, out_features=24, bias=True)"
 
 
+def test_fp8_linear_keeps_its_packed_weight_alone() -> None:
+    """And gives the bits of the product with the weight written out, forward and backward."""
+    torch.manual_seed(0)
+    fp8 = Fp8Linear.from_linear(nn.Linear(48, 24))
+    weight = QuantizedWeight.of(fp8).dequantize(torch.float32)
+    x, dy = torch.randn(2, 5, 48, requires_grad=True), torch.randn(2, 5, 24)
+    expected = nn.functional.linear(x, weight, fp8.bias)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = fp8(x)
+    assert {t.data_ptr() for t in kept} == {fp8.weight.data_ptr(), fp8.scale.data_ptr()}
+    assert torch.equal(y, expected)
+    gradients = [torch.autograd.grad(each, x, dy)[0] for each in (y, expected)]
+    assert torch.equal(*gradients)
+    compiled = torch.compile(fp8, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(x), x, dy)[0], gradients[0])
+
+
 def fp8_layer(**settings: Any) -> MixedLoRALinear:
     torch.manual_seed(0)
     layer = MixedLoRALinear(Fp8Linear.from_linear(nn.Linear(48, 24)), rank=3, **settings)
