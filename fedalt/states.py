@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fedalt.errors import InputError
 from fedalt.quantized import is_quantized
 from fedalt_kernels import MixedLoRALinear, QuantizedWeight
 
@@ -134,7 +135,11 @@ class BaseWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Copies every adapted layer's weight [N, K] into host memory."""
+        """Copies every adapted layer's weight [N, K] into host memory.
+
+        Raises:
+            InputError: one is quantized, as a checkpoint of few bits has them.
+        """
         self._model = model
         self._first = {
             name: _dense(layer).to("cpu", copy=True) for name, layer in mixed_layers(model)
@@ -151,8 +156,12 @@ class BaseWeights:
 
 
 def _dense(layer: MixedLoRALinear) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight
+    if isinstance(layer.weight, Tensor):
+        return layer.weight
+    raise InputError(
+        "model.path: this method adds to base weights, but that of a layer is quantized; "
+        "use a base that is not"
+    )
 
 
 def client_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
