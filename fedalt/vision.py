@@ -85,13 +85,18 @@ def load_image_base(
 
 @torch.no_grad()
 def _start_head(model: Any, names: Sequence[str]) -> None:
-    """Fresh weights for the head, also where the checkpoint's had the same shape."""
+    """Fresh weights for the head, also where the checkpoint's had the same shape.
+
+    They are drawn on the host, so that they depend neither on the device nor on the loading.
+    """
+    generator = torch.Generator().manual_seed(HEAD_SEED)
     for name in names:
         tensor = model.get_parameter(name)
         if tensor.dim() < 2:
             tensor.zero_()
         else:
-            tensor.normal_(std=getattr(model.config, "initializer_range", 0.02))
+            std = getattr(model.config, "initializer_range", 0.02)
+            tensor.copy_(torch.empty(tensor.shape).normal_(std=std, generator=generator))
 
 
 def _head_names(kind: Any, config: Any) -> list[str]:
