@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def load_image_base(
             names = sorted(set(classes))
             made.id2label = dict(enumerate(names))
             made.label2id = {name: row for row, name in enumerate(names)}
-        head = _head_names(AutoModelForImageClassification, made)
+        head = _head_shapes(AutoModelForImageClassification, made)
         modules = {name.rpartition(".")[0] for name in head}
         options = loading_options(config, sorted(modules))
         with torch.random.fork_rng(devices=[]):
@@ -83,27 +83,29 @@ def load_image_base(
     return model.requires_grad_(False).eval(), processor
 
 
-@torch.no_grad()
-def _start_head(model: Any, names: Sequence[str]) -> None:
+def _start_head(model: Any, shapes: Mapping[str, torch.Size]) -> None:
     """Fresh weights for the head, also where the checkpoint's had the same shape.
 
-    They are drawn on the host, so that they depend neither on the device nor on the loading.
+    They are drawn on the host, so that they depend neither on the device nor on the loading. The
+    shapes are told, since transformers 5.17 keeps the checkpoint's in a quantized model.
     """
     generator = torch.Generator().manual_seed(HEAD_SEED)
-    for name in names:
-        tensor = model.get_parameter(name)
-        if tensor.dim() < 2:
-            tensor.zero_()
-        else:
-            std = getattr(model.config, "initializer_range", 0.02)
-            tensor.copy_(torch.empty(tensor.shape).normal_(std=std, generator=generator))
+    std = getattr(model.config, "initializer_range", 0.02)
+    for name, shape in shapes.items():
+        module, _, leaf = name.rpartition(".")
+        first = torch.zeros(shape)
+        if len(shape) > 1:
+            first.normal_(std=std, generator=generator)
+        like = model.get_parameter(name)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(first.to(like.device, like.dtype)))
 
 
-def _head_names(kind: Any, config: Any) -> list[str]:
-    """The parameters whose shape depends on the number of classes, whatever they are called."""
+def _head_shapes(kind: Any, config: Any) -> dict[str, torch.Size]:
+    """By name, the shapes that depend on the number of classes, whatever the head is called."""
     more = copy.deepcopy(config)
     more.num_labels += 1
     with torch.device("meta"):
         model, larger = kind.from_config(config), kind.from_config(more)
     shapes = {name: tensor.shape for name, tensor in larger.named_parameters()}
-    return [name for name, tensor in model.named_parameters() if tensor.shape != shapes[name]]
+    named = model.named_parameters()
+    return {name: tensor.shape for name, tensor in named if tensor.shape != shapes[name]}
