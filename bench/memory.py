@@ -28,7 +28,7 @@ from .measure import markdown, surroundings
 from .memory_worker import FEDALT, PEFT, Job
 from .report import write_table
 
-STEPS, QUICK_STEPS = 4, 2
+STEPS, QUICK_STEPS = 3, 2
 BASES = ("float32", "bfloat16", "int8", "nf4", "fp8")
 TITLE = "A training step's peak memory and time, beside PEFT"
 START_S = 120.0  # what a pair may take to load
