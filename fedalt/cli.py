@@ -28,7 +28,7 @@ from fedalt.tensorboard import write_tensorboard
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    options.cure = "nothing was written"
+    options.cure = "nothing was lost"
     transformers_logging.disable_progress_bar()  # one bar at a time: the run's own
     try:
         options.command(options)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedalt.config import BUILTIN_BASE, ModelConfig
+from fedalt.config import BUILTIN_BASE, BUILTIN_VIT, ModelConfig
 from fedalt.errors import InputError, first_line
 from fedalt.loss import mark_chunkable
 from fedalt.quantized import finish_loading, is_quantized, loading_options
@@ -34,15 +34,8 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = config.path
-    if path == BUILTIN_BASE:
-        path = str(Path(__file__).parent / "assets" / "base")
-    options = loading_options(config)
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        raise InputError(f"model.device: {config.device!r} cannot be used: {reason}") from None
+    path, options = checkpoint_of(config.path), loading_options(config)
+    usable_device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
@@ -56,6 +49,20 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     model.requires_grad_(False).eval()
     mark_chunkable(model)
     return model, tokenizer
+
+
+def checkpoint_of(path: str) -> str:
+    """What ``from_pretrained`` takes: the package's own folder for the name of a built-in base."""
+    own = {BUILTIN_BASE: "base", BUILTIN_VIT: "vit"}
+    return str(Path(__file__).parent / "assets" / own[path]) if path in own else path
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a setting; ``InputError`` where there is none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"model.device: {name!r} cannot be used: {first_line(error)}") from None
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

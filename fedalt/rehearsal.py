@@ -26,8 +26,8 @@ from fedalt.config import Config, EvaluateConfig, TrainConfig
 from fedalt.errors import InputError
 from fedalt.loss import mark_chunkable
 from fedalt.methods import get_method
-from fedalt.models import output_head
-from fedalt.skeleton import give_storage, load_skeleton, usable_device
+from fedalt.models import output_head, usable_device
+from fedalt.skeleton import give_storage, load_skeleton
 from fedalt.stage import put_adapters
 from fedalt.states import client_tensors
 from fedalt.tasks import ImageTask, Task, TextTask

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedalt.config import BUILTIN_BASE, BUILTIN_VIT, Config
+from fedalt.config import Config
 from fedalt.errors import InputError, first_line
-
-ASSETS = {BUILTIN_BASE: "base", BUILTIN_VIT: "vit"}
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of a setting; ``InputError`` where there is none."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"model.device: {name!r} cannot be used: {first_line(error)}") from None
+from fedalt.models import checkpoint_of
 
 
 def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Any]:
@@ -42,9 +32,7 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
     )
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    path = config.model.path
-    if path in ASSETS:
-        path = str(Path(__file__).parent / "assets" / ASSETS[path])
+    path = checkpoint_of(config.model.path)
     tool: Any
     kind: Any
     try:

@@ -204,6 +204,11 @@ def check(config: Config, clients: Sequence[str]) -> None:
     """
     method, lora, settings = get_method(config.method), config.lora, config.federation
     unseen = held_out(clients, config)
+    if method.changes_base and config.model.quantization != "none":
+        raise InputError(
+            f"model.quantization: {method.name} adds to the base weights, which "
+            f"{config.model.quantization} cannot take; use none"
+        )
     for key, names in (
         ("lora.client_ranks", lora.client_ranks),
         ("lora.client_starts", lora.client_starts),
@@ -260,12 +265,7 @@ def set_stage(config: Config) -> Stage:
 
 def load_model(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Task]:
     """The base with fresh adapters as the config's method wants them, and its task."""
-    method, lora, base = get_method(config.method), config.lora, config.model
-    if method.changes_base and base.quantization != "none":
-        raise InputError(
-            f"model.quantization: {method.name} adds to the base weights, which "
-            f"{base.quantization} cannot take; use none"
-        )
+    lora, base = config.lora, config.model
     task: Task
     model: Any
     if config.data.kind == "image":

@@ -131,7 +131,7 @@ def base_fingerprint(model: nn.Module) -> str:
 class BaseWeights:
     """The adapted layers' base weights as they were loaded, for methods that add to them.
 
-    A quantized one takes no sum; ``stage.load_model`` refuses these methods with it.
+    A quantized one takes no sum.
     """
 
     def __init__(self, model: nn.Module) -> None:

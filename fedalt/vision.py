@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fedalt.config import BUILTIN_VIT, ModelConfig
+from fedalt.config import ModelConfig
 from fedalt.errors import InputError, first_line
+from fedalt.models import checkpoint_of, usable_device
 from fedalt.quantized import finish_loading, loading_options
 
 HEAD_SEED = 0
@@ -41,13 +41,8 @@ def load_image_base(
     # From its own module: where torchvision is missing, transformers 5.17 hides the public name.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    path = config.path
-    folder = str(Path(__file__).parent / "assets" / "vit") if path == BUILTIN_VIT else path
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        raise InputError(f"model.device: {config.device!r} cannot be used: {reason}") from None
+    path, folder = config.path, checkpoint_of(config.path)
+    usable_device(config.device)
     try:
         # Pillow's backend, so that pixels do not depend on whether torchvision is installed.
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")

@@ -13,9 +13,8 @@ import torch
 import fedalt
 from fedalt.checkpoint import COUNTED
 from fedalt.cohort import late
-from fedalt.journal import Progress
 from fedalt.states import select
-from tests.federation.test_run import quick, record_of
+from tests.federation.test_run import cut_short, quick, record_of
 
 from .method_cases import EXAMPLES, A, B, Counted, assert_equal, renamed, run_nudged
 
@@ -127,24 +126,14 @@ def test_a_client_that_never_sent_has_nothing_that_counts(config, monkeypatch):
 @pytest.mark.parametrize("method", ["fedalt", "fedalt-warm"])
 @pytest.mark.parametrize("stopped_at", [7, 13])
 def test_a_resume_with_clipping_and_absent_clients_ends_in_the_same_bits(
-    method, stopped_at, tiny_config, tmp_path, monkeypatch
+    method, stopped_at, tiny_config, tmp_path
 ):
     """Ctrl-C in round 2 or 3 of 4; both find counted updates in the checkpoint."""
     settings = {"aggregate": "clipped", "stragglers": 0.4, "away": {"ann": (3,)}}
     config = quick(tiny_config, method=method, rounds=4, **settings)
     uncut = replace(config, out=str(tmp_path / "uncut"))
     fedalt.Federation(uncut).run()
-    steps = []
-
-    def step(self):
-        steps.append(1)
-        if len(steps) == stopped_at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            fedalt.Federation(config).run()
+    cut_short(config, stopped_at)
     fedalt.Federation(config).run(resume=True)
     record = record_of(tmp_path / "uncut")
     assert record == record_of(tmp_path / "run")

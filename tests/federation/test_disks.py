@@ -10,8 +10,7 @@ import pytest
 import fedalt
 from fedalt.cli import main
 from fedalt.errors import InputError
-from fedalt.journal import Progress
-from tests.federation.test_run import quick, record_of
+from tests.federation.test_run import cut_short, quick, record_of
 
 
 def test_metrics_that_lost_finished_rounds_are_refused(tiny_config):
@@ -23,21 +22,6 @@ def test_metrics_that_lost_finished_rounds_are_refused(tiny_config):
     with pytest.raises(InputError, match=f"{size - 10} bytes, the finished rounds wrote {size}"):
         fedalt.Federation(config).run(resume=True)
     assert path.stat().st_size == size - 10
-
-
-def cut_short(config, steps=8):
-    """A run of three rounds stopped in the second."""
-    left = [steps]
-
-    def step(self):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Progress, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            fedalt.Federation(config).run()
 
 
 def refused(out, capsys):

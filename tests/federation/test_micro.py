@@ -12,7 +12,6 @@ import fedalt
 from fedalt.client import train_client
 from fedalt.config import BUILTIN_VIT, ModelConfig
 from fedalt.data.tokens import collate
-from fedalt.journal import Progress
 from fedalt.loss import answer_loss, class_loss
 from fedalt.micro import accumulate, out_of_memory
 from fedalt.states import adapter_state, load_adapter_state, set_trainable
@@ -20,7 +19,7 @@ from fedalt.vision import load_image_base
 from tests.federation.memory_cases import WIDEST, same_bits, some_examples, stirred
 from tests.federation.test_client import text_client
 from tests.federation.test_images import DIGIT_NAMES as NAMES
-from tests.federation.test_run import events_of, quick, record_of, run
+from tests.federation.test_run import cut_short, events_of, quick, record_of, run
 from tests.kernels.budget import assert_within_budget
 
 TRAINS = [("individual", "mixer")]
@@ -200,17 +199,7 @@ def test_a_run_keeps_what_fits_and_a_resume_begins_with_it(tiny_config, tmp_path
     assert results["clients"]["bob"]["micro_batch"] == 1
     assert "examples run at once" in Path(uncut.out, "report", "report.html").read_text()
 
-    steps = []
-
-    def stop(self):
-        steps.append(1)
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fedalt.Federation(config).run()
+    cut_short(config)
     hits.clear()
     fedalt.Federation(config).run(resume=True)
     assert hits == []

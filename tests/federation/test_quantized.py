@@ -12,7 +12,6 @@ from fedalt import models
 from fedalt.config import BUILTIN_BASE, BUILTIN_VIT, ModelConfig
 from fedalt.errors import InputError
 from fedalt.export import export_client, load_export
-from fedalt.journal import Progress
 from fedalt.loss import class_loss
 from fedalt.quantized import is_quantized
 from fedalt.states import adapter_state, base_fingerprint
@@ -20,7 +19,7 @@ from fedalt.vision import load_image_base
 from fedalt_kernels import MixedLoRALinear
 from tests.federation.memory_cases import gradients, same_bits, some_batch, stirred
 from tests.federation.test_images import DIGIT_NAMES as NAMES
-from tests.federation.test_run import events_of, quick, record_of
+from tests.federation.test_run import cut_short, events_of, quick, record_of
 
 pytest.importorskip("bitsandbytes")
 
@@ -80,24 +79,8 @@ def test_scoring_leaves_the_layers_without_adapters_as_they_were(kind, tiny_base
         assert torch.equal(loss(model), scored)
 
 
-def interrupted(config, at, monkeypatch):
-    """Ctrl-C at a step of the run, then resumed."""
-    steps = []
-
-    def stop(self):
-        steps.append(1)
-        if len(steps) == at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fedalt.Federation(config).run()
-    fedalt.Federation(config).run(resume=True)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_run_on_a_quantized_base(kind, tiny_config, tmp_path, monkeypatch):
+def test_a_whole_run_on_a_quantized_base(kind, tiny_config, tmp_path):
     """With all that saves memory on a CPU, kept moments of eight bits among it: it trains, resumes
     to the same bits, and a client of it is loaded and exported with the same logits."""
     config = quick(tiny_config, method="fedalt-kept-optimizer")
@@ -116,7 +99,8 @@ def test_a_whole_run_on_a_quantized_base(kind, tiny_config, tmp_path, monkeypatc
     )
     uncut = replace(config, out=str(tmp_path / "uncut"))
     results = fedalt.Federation(uncut).run().results
-    interrupted(config, 8, monkeypatch)
+    cut_short(config)
+    fedalt.Federation(config).run(resume=True)
     assert record_of(Path(config.out)) == record_of(Path(uncut.out))
     assert {event["micro_batch"] for event in events_of(config, "train")} == {1}
     for client in results["clients"].values():

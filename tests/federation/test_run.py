@@ -205,6 +205,21 @@ def test_a_lone_client_has_no_rest_of_world(tiny_config):
 FEDERATED = {"participation": 0.7, "stragglers": 0.5, "away": {"ann": (2,)}}
 
 
+def cut_short(config, stopped_at=8):
+    """Run, with Ctrl-C at that training step."""
+    steps = []
+
+    def step(self):
+        steps.append(1)
+        if len(steps) == stopped_at:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            fedalt.Federation(config).run()
+
+
 @pytest.mark.parametrize(
     ("method", "stopped_at"),
     [
@@ -218,25 +233,13 @@ FEDERATED = {"participation": 0.7, "stragglers": 0.5, "away": {"ann": (2,)}}
         ("fedalt with absent clients", 7),
     ],
 )
-def test_an_interrupted_run_resumes_to_the_same_bits(
-    tiny_config, method, stopped_at, tmp_path, monkeypatch
-):
+def test_an_interrupted_run_resumes_to_the_same_bits(tiny_config, method, stopped_at, tmp_path):
     """Ctrl-C at a step of round 1, 2 or 3 (six steps each, four where one is absent)."""
     federation = FEDERATED if "absent" in method else {}
     config = quick(tiny_config, method=method.split()[0], rounds=3, **federation)
     uncut = replace(config, out=str(tmp_path / "uncut"))
     fedalt.Federation(uncut).run()
-    steps = []
-
-    def step(self):
-        steps.append(1)
-        if len(steps) == stopped_at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            fedalt.Federation(config).run()
+    cut_short(config, stopped_at)
     assert not (Path(config.out) / "results.json").exists()
     fedalt.Federation(config).run(resume=True)
     assert record_of(Path(config.out)) == record_of(Path(uncut.out))
