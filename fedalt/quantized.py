@@ -17,7 +17,7 @@ _KINDS = ("Linear4bit", "Linear8bitLt", "Fp8Linear")
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer's weight is one that ``fedalt_kernels.QuantizedWeight`` reads."""
-    return type(module).__name__ in _KINDS
+    return any(each.__name__ in _KINDS for each in type(module).__mro__)
 
 
 def loading_options(config: ModelConfig, kept: Sequence[str] | None = None) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def check_quantized(weight: QuantizedWeight, device: torch.device) -> None:
         form = "(block,) or (block, nested_block)" if four_bits else "()"
         raise ValueError(f"weight.blocks must be {form} for {kind}, got {blocks}")
     if any(block < 2 or block & (block - 1) for block in blocks):
-        raise ValueError(f"weight.blocks must be powers of two, got {blocks}")
+        raise ValueError(f"weight.blocks must be powers of two from 2 on, got {blocks}")
     wanted = _packed(weight)
     if len(tensors) != len(wanted):
         raise ValueError(f"weight.tensors must be {len(wanted)} for {kind}, got {len(tensors)}")

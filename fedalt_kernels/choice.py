@@ -20,7 +20,8 @@ def implementation(impl: str, x: Tensor, weight: Tensor | QuantizedWeight) -> st
     "torch" with one warning that says why.
 
     Raises:
-        RuntimeError: `impl` is "triton" and it cannot run here, or nothing of fp8 can.
+        RuntimeError: `impl` is "triton" and it cannot run here; or, whatever `impl` is, the weight
+            is fp8 and the GPU is older than capability 8.9.
     """
     fp8 = isinstance(weight, QuantizedWeight) and weight.kind == "fp8"
     if fp8 and (reason := _without_fp8(x.device)):

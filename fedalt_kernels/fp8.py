@@ -66,7 +66,8 @@ class Fp8Linear(nn.Module):
         largest = wide.abs().amax(1)
         if not largest.isfinite().all():
             raise ValueError("linear.weight must be finite")
-        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+        scale = largest / LARGEST
+        scale = torch.where(scale > 0, scale, 1.0)  # of zeros, or of what is as good as that
         # The quotient of a largest element may have been rounded beyond what e4m3 holds.
         scaled = (wide / scale.unsqueeze(1)).clamp(-LARGEST, LARGEST)
         return cls(scaled.to(torch.float8_e4m3fn), scale, linear.bias)
@@ -75,6 +76,14 @@ class Fp8Linear(nn.Module):
         """x [..., K] to [..., N]."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return _Product.apply(x, self.weight, self.scale, bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Fp8Linear":
+        """Moves it, but leaves weight and scales in the dtypes that they are stored in."""
+        data, scale = self.weight.data, self.scale
+        super()._apply(fn, recurse)
+        self.weight.data = data.to(self.weight.device)
+        self.scale = scale.to(self.scale.device)
+        return self
 
     def extra_repr(self) -> str:
         n, k = self.weight.shape

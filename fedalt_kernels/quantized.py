@@ -75,7 +75,7 @@ class QuantizedWeight(NamedTuple):
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """W [N, K] in a floating-point dtype, in `out` if given, which must be contiguous."""
+        """W [N, K] in a floating-point dtype, in a contiguous `out` [N, K] of it if given."""
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -83,8 +83,8 @@ class QuantizedWeight(NamedTuple):
         fill(self, out, wide)
         return out
 
-    def absmax(self, wide: torch.dtype) -> Tensor:
-        """The largest absolute value of each block, with 4 bits."""
+    def _absmax(self, wide: torch.dtype) -> Tensor:
+        """The largest absolute value of each block, [⌈N K / block⌉], of 4 bits."""
         if len(self.blocks) == 1:
             return self.tensors[1].to(wide)
         _, octets, _, *statistics = self.tensors
@@ -108,7 +108,8 @@ def workspace(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     of CUDA graphs.
     """
     n, k = weight.shape
-    if weight.device.type != "cpu":
+    # A mode such as FakeTensorMode makes memory of its own, which must not outlive it.
+    if weight.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
         return torch.empty(n, k, dtype=dtype, device=weight.device)
     held = _held.by_dtype.get(dtype)
     if held is None or held.numel() < n * k:
@@ -145,6 +146,8 @@ def _from_4bit(module: Any) -> QuantizedWeight:
 
 
 def _from_8bit(module: Any) -> QuantizedWeight:
+    if module.state.has_fp16_weights:
+        raise TypeError("this Linear8bitLt keeps 16 bits: make it with has_fp16_weights=False")
     weight = module.weight
     scale = getattr(weight, "SCB", None)  # bitsandbytes moves it at the first forward
     if scale is None:
@@ -173,7 +176,7 @@ def _fill_from_blocks(weight: QuantizedWeight, out: Tensor, wide: torch.dtype) -
     # Both values of every byte, as one number that is looked up at once.
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1)
     table = torch.view_as_complex(pairs)
-    absmax = weight.absmax(wide)
+    absmax = weight._absmax(wide)
     flat = out.view(-1)
     step = max(1, PIECE_ELEMENTS // block)
     for first in range(0, absmax.numel(), step):

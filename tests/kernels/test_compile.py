@@ -67,6 +67,20 @@ def step(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.sum(), [x, *trainable])]
 
 
+def check_lengths(layer: MixedLoRALinear) -> None:
+    """Compiled as eager at several lengths, without a compilation for each."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for rows in (5, 8, 13):
+        x = torch.randn(2, rows, layer.in_features, device=DEVICE)
+        for eager, other in zip(step(layer, x), step(compiled, x), strict=True):
+            assert torch.allclose(eager, other, rtol=1e-5, atol=1e-5)
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1]
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_compiled_layer_matches_eager_at_every_length(dropout: float, impl: str) -> None:
@@ -74,16 +88,7 @@ def test_compiled_layer_matches_eager_at_every_length(dropout: float, impl: str)
     layer.to(DEVICE)
     for parameter in (layer.individual.b, layer.rest_of_world.a, layer.rest_of_world.b):
         torch.nn.init.normal_(parameter)
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    compilations = []
-    for rows in (5, 8, 13):
-        x = torch.randn(2, rows, 32, device=DEVICE)
-        for eager, other in zip(step(layer, x), step(compiled, x), strict=True):
-            assert torch.allclose(eager, other, rtol=1e-5, atol=1e-5)
-        compilations.append(counter.frame_count)
-    assert compilations[0] == compilations[-1]
+    check_lengths(layer)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -40,3 +40,12 @@ def test_public_names() -> None:
         "mixed_lora_linear",
     ]
     assert fedalt_kernels.__version__ == "0.1.0"
+
+
+def test_works_without_bitsandbytes() -> None:
+    program = (
+        "import sys; sys.modules['bitsandbytes'] = None; import torch, fedalt_kernels as f; "
+        "f.MixedLoRALinear(f.Fp8Linear.from_linear(torch.nn.Linear(8, 4)))(torch.randn(2, 8))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

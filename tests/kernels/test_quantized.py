@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedalt_kernels import QuantizedWeight, mixed_lora_linear
 from fedalt_kernels import quantized as storage_module
@@ -168,3 +169,11 @@ def test_threads_do_not_share_a_workspace() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_fake_memory_does_not_outlive_its_mode() -> None:
+    weight = quantize(build(CASE).weight, "nested nf4")
+    expected = storage_module.dense(weight, torch.float32).clone()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        storage_module.dense(weight, torch.float32)
+    assert torch.equal(storage_module.dense(weight, torch.float32), expected)

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from torch import Tensor, library, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from fedalt_kernels import Fp8Linear, MixedLoRALinear
 from fedalt_kernels import operators as _registers_them  # noqa: F401
 
 from .cases import Case, build
 from .quantizing import quantize
-from .test_compile import DEVICE, branches, step
+from .test_compile import DEVICE, branches, check_lengths
 
 CASE = Case(m=5, n=24, k=48, dtype=torch.float32, param_dtype=torch.float32)
 
@@ -39,17 +38,7 @@ def layer_over_fp8(impl: str) -> MixedLoRALinear:
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiled_layer_matches_eager_at_every_length(impl: str) -> None:
-    layer = layer_over_fp8(impl)
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    compilations = []
-    for rows in (5, 8, 13):
-        x = torch.randn(2, rows, 48, device=DEVICE)
-        for eager, other in zip(step(layer, x), step(compiled, x), strict=True):
-            assert torch.allclose(eager, other, rtol=1e-5, atol=1e-5)
-        compilations.append(counter.frame_count)
-    assert compilations[0] == compilations[-1]
+    check_lengths(layer_over_fp8(impl))
 
 
 def test_a_compiled_layer_saves_no_dequantized_weight() -> None:

@@ -89,12 +89,20 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert torch.equal(y, layer(x.bfloat16()))
 
 
-def test_shared_input_over_quantized_bases() -> None:
-    layers = [fp8_layer(dropout=0.0) for _ in range(2)]
-    x = torch.randn(3, 48)
-    expected = [layer(x) for layer in layers]
-    MixedLoRALinear.share_input(layers)
-    assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
+def test_fp8_stays_as_it_is_stored_whatever_the_model_is_cast_to() -> None:
+    layer = fp8_layer(dropout=0.0)
+    weight, scale = layer.base.weight.clone(), layer.base.scale.clone()
+    layer.bfloat16()
+    assert torch.equal(layer.base.weight.view(torch.uint8), weight.view(torch.uint8))
+    assert torch.equal(layer.base.scale, scale)
+    assert layer.base.bias.dtype == torch.bfloat16
+    assert layer(torch.randn(3, 48, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_numbers_too_small_for_a_scale_become_zeros() -> None:
+    linear = nn.Linear(4, 2, bias=False)
+    nn.init.constant_(linear.weight, 1e-44)
+    assert torch.equal(Fp8Linear.from_linear(linear)(torch.ones(1, 4)), torch.zeros(1, 2))
 
 
 def test_a_rank_can_be_set_over_a_quantized_base() -> None:
@@ -121,7 +129,7 @@ REFUSALS = [
         "weight.blocks must be (block,) or (block, nested_block) for nf4, got ()",
     ),
     (INT8._replace(blocks=(64,)), "weight.blocks must be () for int8, got (64,)"),
-    (NF4._replace(blocks=(48, 4)), "weight.blocks must be powers of two, got (48, 4)"),
+    (NF4._replace(blocks=(48, 4)), "weight.blocks must be powers of two from 2 on, got (48, 4)"),
     (NF4._replace(blocks=(16,)), "weight.tensors must be 3 for nf4, got 6"),
     (NF4._replace(shape=(33, 40)), "x must be [..., K] and weight [N, K], got [20, 48] and"),
     (
@@ -163,7 +171,7 @@ def test_refusals(weight: QuantizedWeight, message: str) -> None:
             "bitsandbytes Linear4bit or Linear8bitLt, or an Fp8Linear, got Conv1d",
         ),
         (
-            lambda: MixedLoRALinear(Fp8Linear.from_linear(nn.Linear(4, 4)).half()),
+            lambda: MixedLoRALinear(Fp8Linear(torch.ones(4, 4).half(), torch.ones(4), None)),
             ValueError,
             "weight.tensors[0] must have fp8's dtype torch.float8_e4m3fn, got torch.float16",
         ),

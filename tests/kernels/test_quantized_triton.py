@@ -5,10 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedalt_kernels import Fp8Linear, MixedLoRALinear, fused, mixed_lora_linear, weights
-from fedalt_kernels.triton import tiles
+from fedalt_kernels import mixed_lora_linear, weights
 
 from .cases import Case, build, run
 from .quantizing import STORAGES, check, quantize, triple
@@ -129,25 +128,3 @@ def test_a_backward_that_needs_no_weight_writes_none(written: list[tuple[int, ..
     inputs, _, _ = triple(build(replace(BASE, dtype=torch.bfloat16), 0, DEVICE), "nf4")
     run(forced("decode"), replace(inputs, x=inputs.x.detach()), 0.0)
     assert written == []
-
-
-def test_layers_that_share_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    layers = []
-    for n in (64, 32):
-        base = Fp8Linear.from_linear(nn.Linear(64, n)).to(DEVICE)
-        layers.append(MixedLoRALinear(base, 4, dropout=0.0, impl="triton"))
-        nn.init.normal_(layers[-1].individual.b)
-    passes = []
-    project = fused.project
-    monkeypatch.setattr(
-        fused,
-        "project",
-        lambda x, down, *rest: passes.append(down.shape[0]) or project(x, down, *rest),
-    )
-    monkeypatch.setattr(tiles, "forward_schedule", lambda *_: "split")
-    x = torch.randn(70, 64, device=DEVICE)
-    expected = [layer(x) for layer in layers]
-    MixedLoRALinear.share_input(layers)
-    assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
-    assert passes == [1, 1, 2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedalt_kernels import MixedLoRALinear, fused
+from fedalt_kernels import Fp8Linear, MixedLoRALinear, fused
 from fedalt_kernels.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,6 +50,20 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     )
     monkeypatch.setattr(tiles, "forward_schedule", lambda *_: "split")
     return seen
+
+
+def test_layers_over_quantized_bases_share(passes: list[int]) -> None:
+    torch.manual_seed(0)
+    layers = []
+    for n in OUTPUTS[:2]:
+        base = Fp8Linear.from_linear(nn.Linear(K, n)).to(DEVICE)
+        layers.append(MixedLoRALinear(base, 4, dropout=0.0, impl="triton"))
+        nn.init.normal_(layers[-1].individual.b)
+    x = torch.randn(ROWS, K, device=DEVICE)
+    expected = [layer(x) for layer in layers]
+    MixedLoRALinear.share_input(layers)
+    assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
+    assert passes == [1, 1, 2]
 
 
 @pytest.mark.parametrize("settings", [{}, {"mixer": (0.25, 0.75)}], ids=["mixer", "fixed gates"])
