@@ -3,8 +3,8 @@
 Every figure is of a process of its own, so that peaks do not mix. The two of a pair, ours and
 PEFT's, are alive together and step in turn, so that what disturbs the machine disturbs both; ratios
 of time are medians over the turns. Both use the loop's own loss, and checkpointing where it is on.
-The peak is of the steps, over the process before it had a model: what loading took at most is not
-in it.
+The peak is of the steps, over the process when its libraries were loaded and no model was: what
+loading took at most is not in it.
 
     python -m bench memory
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from .report import write_table
 STEPS, QUICK_STEPS = 3, 2
 BASES = ("float32", "bfloat16", "int8", "nf4", "fp8")
 TITLE = "A training step's peak memory and time, beside PEFT"
-START_S = 120.0  # what a pair may take to load
+ANSWER_S = 120.0  # what a worker may take to answer, loading included
 # As a rule freed blocks go back to the system, so that a peak is of live memory.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
@@ -66,6 +67,8 @@ class Worker:
             if word:
                 self._process.stdin.write(f"{word}\n")
                 self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
+                raise Failed(f"no word within {ANSWER_S:.0f} s")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""

@@ -8,6 +8,7 @@ bytes), or an error's one line.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -72,14 +73,16 @@ def _pack(model: Any, config: Any) -> None:
     from fedalt.quantized import finish_loading
 
     head = output_head(model)
-    if config.quantization not in ("int8", "nf4"):
-        finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
-        return
+    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    if config.quantization in ("int8", "nf4"):
+        _pack_by_bitsandbytes(model, linears, config)
+    finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
+
+
+def _pack_by_bitsandbytes(model: Any, linears: list[tuple[str, nn.Linear]], config: Any) -> None:
     import bitsandbytes as bnb
 
-    for name, linear in list(model.named_modules()):
-        if type(linear) is not nn.Linear or linear is head:
-            continue
+    for name, linear in linears:
         size = (linear.in_features, linear.out_features)
         weight = linear.weight.data.cpu()
         packed: Any
@@ -118,6 +121,9 @@ class Stepper:
         from fedalt.data.tokens import Example, collate
 
         self.cuda = job["device"] == "cuda"
+        if not self.cuda:  # libraries load now: what they take is nobody's peak
+            dress(base_of({**job, "model": "built-in"}), job["make"])
+            gc.collect()
         self._before = 0 if self.cuda else resident("VmRSS")
         self.model = base_of(job)
         dress(self.model, job["make"])

@@ -52,14 +52,14 @@ class Offload:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Notes where the parameters, buffers and quantization states of ``model`` lie."""
+        """Notes the storages of the parameters, buffers and quantization states of ``model``."""
         own = [*model.buffers(), *model.state_dict(keep_vars=True).values()]
-        self._own = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
+        self._own = {t.untyped_storage()._cdata for t in own if isinstance(t, Tensor)}
 
     def pack(self, tensor: Tensor) -> Tensor | tuple[Tensor, torch.device]:
         """A copy in host memory and where it was; a small tensor or a weight, as it is."""
         small = tensor.numel() * tensor.element_size() < SMALL
-        if small or tensor.untyped_storage().data_ptr() in self._own:
+        if small or tensor.untyped_storage()._cdata in self._own:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return host.copy_(tensor, non_blocking=True), tensor.device

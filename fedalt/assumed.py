@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedalt.config import DIGITS, SAMPLE, Config
+from fedalt.config import Config
 from fedalt.data import ImageRecord, Parts, Record, load_clients
 from fedalt.data.images import ImageExample
+from fedalt.data.sources import is_on_hub
 from fedalt.data.tokens import Example
 
 UNKNOWN = 2**31
@@ -45,10 +44,7 @@ def read_at_hand(config: Config) -> list[Parts]:
         InputError: the data are bad.
     """
     paths = config.data.sources.values() or [config.data.path]
-    if not all(
-        path in (SAMPLE, DIGITS) or Path(path.partition(":")[0]).exists() or glob.glob(path)
-        for path in paths
-    ):
+    if any(map(is_on_hub, paths)):
         return []
     return [c.read() for c in load_clients(config.data, config.partition, config.seed)]
 
@@ -73,7 +69,7 @@ def _texts(
     train = [example for part in parts for example in encode(part.train)]
     records = [record for part in parts for record in part.test]
     test = encode(records)
-    examples = _longest(train), _longest(test)
+    examples = _longest(train), _largest(test)
     options = max(len(record.options) for record in records)  # each is a row of its own
     most = max(len(part.train) for part in parts)
     most_tested = max(1, options) * max(len(part.test) for part in parts)
@@ -87,6 +83,13 @@ def _longest(examples: Sequence[Example]) -> Example:
     length = max(len(example.prompt) + len(example.answer) for example in examples)
     answer = max(len(example.answer) for example in examples)
     return Example((0,) * (length - answer), (0,) * answer)
+
+
+def _largest(examples: Sequence[Example]) -> Example:
+    """The longest prompt, from which generation starts, with the longest answer."""
+    prompt = max(len(example.prompt) for example in examples)
+    answer = max(len(example.answer) for example in examples)
+    return Example((0,) * prompt, (0,) * answer)
 
 
 def _size(example: Example) -> str:

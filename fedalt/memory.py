@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedalt.config import Config
+from fedalt.methods import get_method
 from fedalt.rehearsal import Bytes, Rehearsal
 from fedalt.tables import table
 from fedalt.tracker import Kind
@@ -66,7 +67,8 @@ class Planner:
             yield {"train.optimizer": "adamw_8bit"}
         if not train.offload_activations and self.rehearsal.device.type == "cuda":
             yield {"train.offload_activations": True}
-        if self.config.model.quantization == "none":
+        changes_base = get_method(self.config.method).changes_base
+        if self.config.model.quantization == "none" and not changes_base:
             yield from ({"model.quantization": kind} for kind in ("int8", "fp8", "nf4"))
 
     def cure(self, free: int) -> tuple[Settings | None, int]:

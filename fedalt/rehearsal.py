@@ -28,7 +28,7 @@ from fedalt.loss import mark_chunkable
 from fedalt.methods import get_method
 from fedalt.models import output_head, usable_device
 from fedalt.skeleton import give_storage, load_skeleton
-from fedalt.stage import put_adapters
+from fedalt.stage import check_base, put_adapters
 from fedalt.states import client_tensors
 from fedalt.tasks import ImageTask, Task, TextTask
 from fedalt.tracker import Kind, Tracker
@@ -54,6 +54,10 @@ class Rehearsal:
         Raises:
             InputError: bad data, method, model, device or target.
         """
+        check_base(config)
+        lora = config.lora
+        if lora.impl == "reference":
+            raise InputError("lora.impl: the memory of 'reference' is not told; leave it out")
         self._config, self.device = config, usable_device(config.model.device)
         self._method = get_method(config.method)
         parts = read_at_hand(config)
@@ -67,7 +71,8 @@ class Rehearsal:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._ran: dict[TrainConfig | EvaluateConfig, Bytes] = {}
         # Products in PyTorch keep the same tensors as fused ones; masks are made of numbers.
-        plain = replace(config, lora=replace(config.lora, impl="torch", dropout=0.0))
+        rank = max([lora.rank, *lora.client_ranks.values()])
+        plain = replace(config, lora=replace(lora, rank=rank, impl="torch", dropout=0.0))
         with self._fake:
             give_storage(self._model, self.device)
             put_adapters(self._model, plain)
@@ -127,7 +132,10 @@ class Rehearsal:
         return self._quantized(self._ran[evaluate], quantization)
 
     def _last_token(self, tracker: Tracker, evaluate: EvaluateConfig) -> Bytes:
-        """The bytes while the last token of an answer is made; none of it without a cache."""
+        """The bytes while the last token of an answer is made; none of it without a cache.
+
+        Its logits are there once more in float32, as generation takes them.
+        """
         cache = tracker.cache
         if not cache:
             return Counter()
@@ -136,6 +144,10 @@ class Rehearsal:
         weights: Bytes = Counter()
         for kind in (Kind.BASE, Kind.ADAPTERS):
             weights[kind] = sum(tracker.held(kind))
+        if self.head is not None:
+            rows = min(evaluate.batch_size, self.assumed.test) * evaluate.num_beams
+            weight = self.head.get_parameter("weight")  # [vocabulary, width]
+            weights[Kind.LOGITS] = rows * weight.shape[0] * (4 + weight.itemsize)
         weights[Kind.CACHE] = int(grown * sum(cache))
         weights[Kind.TEMPORARY] = int(grown * max(cache))  # a layer's, old and new
         return weights

@@ -53,6 +53,10 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
     except (OSError, ValueError, ImportError) as error:
         reason = first_line(error)
         raise InputError(f"model.path: cannot load {config.model.path!r}: {reason}") from None
+    if getattr(shape, "quantization_config", None):
+        raise InputError(
+            f"model.path: {config.model.path!r} is quantized already; its memory is not told"
+        )
     return model.requires_grad_(False).eval(), tool
 
 

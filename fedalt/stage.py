@@ -192,6 +192,16 @@ class Stage:
             check_recomputes(self.model)
 
 
+def check_base(config: Config) -> None:
+    """``InputError`` where the method adds to base weights that are to be quantized."""
+    method, quantization = get_method(config.method), config.model.quantization
+    if method.changes_base and quantization != "none":
+        raise InputError(
+            f"model.quantization: {method.name} adds to the base weights, which {quantization} "
+            "cannot take; use none"
+        )
+
+
 def check(config: Config, clients: Sequence[str]) -> None:
     """Refuses settings that do not fit the clients or the method.
 
@@ -204,11 +214,7 @@ def check(config: Config, clients: Sequence[str]) -> None:
     """
     method, lora, settings = get_method(config.method), config.lora, config.federation
     unseen = held_out(clients, config)
-    if method.changes_base and config.model.quantization != "none":
-        raise InputError(
-            f"model.quantization: {method.name} adds to the base weights, which "
-            f"{config.model.quantization} cannot take; use none"
-        )
+    check_base(config)
     for key, names in (
         ("lora.client_ranks", lora.client_ranks),
         ("lora.client_starts", lora.client_starts),

@@ -59,6 +59,12 @@ def is_source(path: str) -> bool:
     return bool(_files(path) or Path(_base(path)).is_dir() or HUB_ID.fullmatch(_base(path)))
 
 
+def is_on_hub(path: str) -> bool:
+    """Whether ``path`` can only be a hub id: nothing of that name is here."""
+    here = _files(path) or Path(_base(path)).exists()
+    return not here and bool(HUB_ID.fullmatch(_base(path)))
+
+
 def open_dataset(source: str, splits: Sequence[str]) -> Any:
     """One memory-mapped `datasets.Dataset` of the splits, joined in the order given.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaForCausalLM
 
@@ -132,3 +133,10 @@ def test_offloaded_tensors_come_back_and_weights_stay(client, again, monkeypatch
         assert host.data_ptr() != tensor.data_ptr()
         assert device == tensor.device
     assert any(tensor.untyped_storage().data_ptr() in weights for tensor, _ in taken) or again
+
+
+def test_offload_is_followed_in_fake_tensors_too():
+    """Where data have no addresses: ``fedalt memory`` counts on it."""
+    with FakeTensorMode():
+        offload = activations.Offload(torch.nn.Linear(4, 4))
+        assert isinstance(offload.pack(torch.empty(1024, 1024)), tuple)

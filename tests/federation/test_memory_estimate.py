@@ -1,7 +1,9 @@
 """``fedalt memory``: what it foretells beside what a process really takes, and what it says."""
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -191,12 +193,15 @@ def test_a_run_that_does_not_fit_is_told_what_helps(tiny, monkeypatch, capsys):
 def test_the_fewest_options_are_found(tiny):
     planner = memory.Planner(load_config(tiny))
     alone = {key: value for option in planner.options() for key, value in option.items()}
-    for settings in ({"train.gradient_checkpointing": True}, alone):
+    for settings in ({"train.micro_batch": 1}, alone):
         free = int(1.001 * memory.MARGIN * planner.need(settings).peak)
         found, needed = planner.cure(free)
-        assert len(found) <= len(settings)
         assert memory.fits(needed, free)
         assert planner.need(found).peak == needed
+        steps = [planner._lowest(option) for option in planner.options()]
+        for fewer in itertools.combinations(steps, len(found) - 1):
+            merged = {key: value for option in fewer for key, value in option.items()}
+            assert not memory.fits(planner.need(merged).peak, free)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +212,8 @@ def test_the_fewest_options_are_found(tiny):
         ("model.device=cuda:99", "model.device: 'cuda:99' cannot be used"),
         ("lora.target_modules=[q_porj]", "did you mean q_proj"),
         ("method=fedavg", "no method is named 'fedavg'"),
+        ("data.path=nosuch.jsonl", "nosuch.jsonl: no such folder or file, and no hub id"),
+        ("lora.impl=reference", "lora.impl: the memory of 'reference' is not told"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(setting, message, tiny, capsys):
@@ -217,6 +224,30 @@ def test_data_that_are_not_at_hand_are_assumed_long(tiny, capsys):
     out = told([tiny, "-c", "data.path=not/here", "-c", "data.max_length=64"], capsys)
     assert "4 x 64 tokens, 32 of them answer" in out
     assert "(data.max_length, half of it answer: here is not at hand)" in out
+
+
+def test_a_base_that_the_method_changes_is_not_quantized(tiny, capsys):
+    fp8 = [tiny, "-c", "method=flora", "-c", "model.quantization=fp8"]
+    assert "flora adds to the base weights, which fp8 cannot take" in refused(fp8, capsys)
+    assert "model.quantization=" not in told([tiny, "-c", "method=flora"], capsys)
+
+
+def test_the_largest_rank_counts(tiny):
+    config = load_config(tiny, ("method=local", "lora.client_ranks={ann: 8}"))
+    plain = load_config(tiny, ("method=local",))
+    larger, usual = (
+        Rehearsal(each).training(each.train, "none")[Kind.ADAPTERS] for each in (config, plain)
+    )
+    assert larger == 4 * usual
+
+
+def test_a_checkpoint_of_few_bits_is_refused(tiny, tiny_base, tmp_path, capsys):
+    shutil.copytree(tiny_base, tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": packed}))
+    message = refused([tiny, "-c", f"model.path={path.parent}"], capsys)
+    assert "is quantized already; its memory is not told" in message
 
 
 def test_quantized_weights_take_their_bytes(tiny):
