@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedalt.config import Config
+from fedalt.free import free_bytes
 from fedalt.methods import get_method
 from fedalt.rehearsal import Bytes, Rehearsal
 from fedalt.tables import table
@@ -190,19 +187,6 @@ def _told(settings: Settings) -> str:
 def fits(peak: int, free: int) -> bool:
     """Whether a foretold peak leaves the margin."""
     return MARGIN * peak <= free
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """What a process can still have on a device; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
 
 
 def with_settings(config: Config, settings: Settings) -> Config:

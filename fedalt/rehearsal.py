@@ -40,6 +40,8 @@ UNFOLLOWABLE = (
 )
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
 BLOCK_NF4, NESTED_BLOCK_NF4 = 64, 256
+TABLES_NF4 = 4 * (16 + 256 + 1)
+"""Of codes, and the mean scale."""
 
 Bytes = Counter[Kind]
 
@@ -202,5 +204,6 @@ def _packed_bytes(weight: torch.Tensor, quantization: str) -> int:
     count, rows = weight.numel(), weight.shape[0]
     if quantization == "nf4":
         blocks = -(-count // BLOCK_NF4)
-        return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK_NF4)
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCK_NF4)
+        return -(-count // 2) + scales + TABLES_NF4
     return count + 4 * rows

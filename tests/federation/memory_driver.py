@@ -1,11 +1,12 @@
-"""Measures real training steps, for the test of what is foretold of them: a process of its own.
+"""Measures real steps and evaluations, for the test of what is foretold: a process of its own.
 
-    python memory_driver.py 'JSON list of [config file, settings of train]'
+    python memory_driver.py 'JSON list of [config file, "train" or "evaluate", its settings]'
 
 Prints a JSON list of bytes: the peak over the loaded base with its adapters. On a GPU that is what
 its allocator counts, on a CPU the resident set, whose high-water mark is set back before each.
 """
 
+import ctypes
 import gc
 import json
 import sys
@@ -24,42 +25,48 @@ from fedalt.stage import load_model
 def main() -> None:
     torch.set_num_threads(1)
     peaks = []
-    for path, changes in json.loads(sys.argv[1]):
-        peaks.append(peak_of(path, changes))
+    for path, group, settings in json.loads(sys.argv[1]):
+        config = load_config(path)
+        changed = replace(getattr(config, group), **settings)
+        peaks.append(peak_of(replace(config, **{group: changed}), group))
         gc.collect()
     print(json.dumps(peaks))
 
 
-def peak_of(path, changes):
-    config = load_config(path)
-    config = replace(config, train=replace(config.train, **changes))
+def peak_of(config, group):
     model, task = load_model(config, ["LABEL_0", "LABEL_1"])
-    example = assume(config, [], task.encode).train_example
-    batch = [example] * config.train.batch_size
-    if hasattr(example, "prompt"):  # a shorter one, so that there is padding
-        batch[0] = replace(example, prompt=example.prompt[:-8])
+    assumed = assume(config, [], task.encode)
 
-    def train(examples, steps):
+    def train(count):
+        batch = [assumed.train_example] * count
+        if hasattr(batch[0], "prompt"):  # a shorter one, so that there is padding
+            batch[0] = replace(batch[0], prompt=batch[0].prompt[:-8])
         train_client(
             model,
-            examples,
-            replace(config.train, max_steps=steps),
+            batch,
+            replace(config.train, max_steps=2),
             task.loss,
             trains=get_method(config.method).trains,
             seed=0,
             count=task.count,
         )
 
-    train(batch[:2], 1)  # libraries load and set themselves up
+    def evaluate(count):
+        task.evaluate(model, [assumed.test_example] * count, [assumed.test_record] * count)
+
+    work = {"train": train, "evaluate": evaluate}[group]
+    work(2)  # libraries load and set themselves up
     gc.collect()
+    count = getattr(config, group).batch_size
     if config.model.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        train(batch, 2)
+        work(count)
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # else work could go on in pages that others left
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    train(batch, 2)
+    work(count)
     return resident("VmHWM") - before
 
 

@@ -13,17 +13,25 @@ import pytest
 import torch
 import yaml
 
-from fedalt import memory
+from fedalt import memory, models
 from fedalt.cli import main
+from fedalt.quantized import is_quantized
 from fedalt.rehearsal import Rehearsal
 from fedalt.settings import load_config
 from fedalt.tracker import Kind
+from fedalt_kernels import QuantizedWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHANGES = [
-    {"batch_size": batch, "gradient_checkpointing": recomputed}
-    for batch in (4, 8)
-    for recomputed in (False, True)
+    *(
+        ("train", {"batch_size": batch, "gradient_checkpointing": recomputed})
+        for batch in (4, 8)
+        for recomputed in (False, True)
+    ),
+    ("train", {"batch_size": 8, "micro_batch": 2}),
+    ("train", {"batch_size": 8, "loss_chunk": 32}),
+    ("evaluate", {"batch_size": 16, "max_new_tokens": 24}),
+    ("evaluate", {"batch_size": 48, "max_new_tokens": 24}),
 ]
 RESETS = Path("/proc/self/clear_refs")
 
@@ -86,7 +94,6 @@ def configs(tmp_path_factory, tiny_base):
             "model": {"path": str(folder), "device": DEVICE},
             "lora": lora,
             "data": {"path": "not/here", "kind": kind, "max_length": 256},
-            "evaluate": {"batch_size": 4},
         }
         paths[name] = folder / "config.yaml"
         paths[name].write_text(yaml.safe_dump(settings))
@@ -95,15 +102,14 @@ def configs(tmp_path_factory, tiny_base):
 
 @pytest.fixture(scope="module")
 def measured(configs):
-    """By model and change, the real peak over the loaded base, in bytes.
+    """By model, the real peaks over the loaded base under every change, in bytes.
 
     Blocks of 64 KiB or more are mapped on their own and go back to the system when they are freed;
     else the allocator would keep a peak's pages, and round them otherwise than an estimate can.
     """
     if DEVICE == "cpu" and not os.access(RESETS, os.W_OK):
         pytest.skip("this system does not set back the high-water mark of the resident set")
-    jobs = [(name, change) for name in MODELS for change in CHANGES]
-    work = [(str(configs[name]), change) for name, change in jobs]
+    work = [(str(configs[name]), *change) for name in MODELS for change in CHANGES]
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("memory_driver.py"), json.dumps(work)],
@@ -112,21 +118,20 @@ def measured(configs):
         text=True,
         env={**os.environ, **settings, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )
-    peaks = json.loads(done.stdout)
-    return {
-        (name, *change.values()): peak for (name, change), peak in zip(jobs, peaks, strict=True)
-    }
+    peaks = iter(json.loads(done.stdout))
+    return {name: [next(peaks) for _ in CHANGES] for name in MODELS}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_peak_is_foretold_within_a_tenth(name, configs, measured):
     config = load_config(configs[name])
     rehearsal = Rehearsal(config)
-    for change in CHANGES:
-        parts = rehearsal.training(replace(config.train, **change), "none")
+    for (group, settings), real in zip(CHANGES, measured[name], strict=True):
+        follow = rehearsal.training if group == "train" else rehearsal.evaluation
+        parts = follow(replace(getattr(config, group), **settings), "none")
         foretold = parts.total() - parts[Kind.BASE] - parts[Kind.ADAPTERS]
-        real = measured[(name, *change.values())]
-        print(f"{name} {change}: {foretold / 2**20:.1f} foretold, {real / 2**20:.1f} MiB measured")
+        told = f"{foretold / 2**20:.1f} foretold, {real / 2**20:.1f} MiB measured"
+        print(f"{name} {group} {settings}: {told}")
         assert abs(foretold - real) < 0.1 * real
 
 
@@ -250,13 +255,20 @@ def test_a_checkpoint_of_few_bits_is_refused(tiny, tiny_base, tmp_path, capsys):
     assert "is quantized already; its memory is not told" in message
 
 
-def test_quantized_weights_take_their_bytes(tiny):
-    """Two layers of [32, 32] four times and [48, 32] thrice, in float32 at first."""
-    rehearsal = Rehearsal(load_config(tiny))
-    train = load_config(tiny).train
-    plain = rehearsal.training(train, "none")[Kind.BASE]
-    count = 2 * (4 * 32 * 32 + 3 * 32 * 48)
-    rows = 2 * (4 * 32 + 2 * 48 + 32)
-    for quantization in ("int8", "fp8"):
-        packed = rehearsal.training(train, quantization)[Kind.BASE]
-        assert plain - packed == 4 * count - (count + 4 * rows)
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_quantized_weights_take_the_bytes_of_a_loaded_base(kind):
+    pytest.importorskip("bitsandbytes")
+    config = load_config(None, (f"model.quantization={kind}",))
+    model = models.load_base(config.model)[0]
+    kept = {}
+    packed = []
+    for module in model.modules():
+        if is_quantized(module):
+            packed.append(QuantizedWeight.of(module).nbytes)
+        else:
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            kept |= {id(tensor): tensor.nbytes for tensor in own}
+    assert len(packed) == 7 * model.config.num_hidden_layers
+    foretold = Rehearsal(config).training(config.train, kind)[Kind.BASE]
+    print(f"{kind}: {foretold} foretold, {sum(packed) + sum(kept.values())} loaded")
+    assert foretold == sum(packed) + sum(kept.values())
