@@ -11,6 +11,7 @@ from torch import nn
 from fedalt.config import Config
 from fedalt.errors import InputError, first_line
 from fedalt.models import checkpoint_of
+from fedalt.vision import fit_head
 
 
 def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Any]:
@@ -22,7 +23,7 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
         classes: of images, every class name; empty: those that the model knows.
 
     Raises:
-        InputError: no such model.
+        InputError: no such model, or nobody would train its new head.
     """
     from transformers import (
         AutoConfig,
@@ -40,9 +41,7 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
         if config.data.kind == "image":
             kind = AutoModelForImageClassification
             tool = AutoImageProcessor.from_pretrained(path, backend="pil")
-            if not set(classes) <= set(shape.label2id or {}):
-                shape.id2label = dict(enumerate(classes))
-                shape.label2id = {name: row for row, name in enumerate(classes)}
+            fit_head(shape, config.model.path, classes, config.lora.modules_to_save)
         else:
             kind = AutoModelForCausalLM
             tool = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -50,6 +49,8 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
                 tool.pad_token = tool.eos_token
         with torch.device("meta"):
             model = kind.from_config(shape, dtype=getattr(torch, config.model.dtype))
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         reason = first_line(error)
         raise InputError(f"model.path: cannot load {config.model.path!r}: {reason}") from None

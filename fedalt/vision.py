@@ -47,12 +47,7 @@ def load_image_base(
         # Pillow's backend, so that pixels do not depend on whether torchvision is installed.
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         made = AutoConfig.from_pretrained(folder)
-        new_head = not set(classes) <= set(made.label2id or {})
-        if new_head:
-            names = sorted(set(classes))
-            made.id2label = dict(enumerate(names))
-            made.label2id = {name: row for row, name in enumerate(names)}
-        head = _head_shapes(AutoModelForImageClassification, made)
+        new_head, head = fit_head(made, path, classes, trained)
         modules = {name.rpartition(".")[0] for name in head}
         options = loading_options(config, sorted(modules))
         with torch.random.fork_rng(devices=[]):
@@ -70,12 +65,38 @@ def load_image_base(
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = first_line(error)
         raise InputError(f"model.path: cannot load {path!r}: {reason}") from None
-    untrained = modules - set(trained)
+    finish_loading(model, modules, config)
+    return model.requires_grad_(False).eval(), processor
+
+
+def fit_head(
+    config: Any, path: str, classes: Sequence[str], trained: Sequence[str]
+) -> tuple[bool, dict[str, torch.Size]]:
+    """Give a checkpoint's configuration a row for each class, unless it knows them all.
+
+    Args:
+        config: of the checkpoint, changed in place; ``path``: what it is called.
+        classes, trained: as in ``load_image_base``.
+
+    Returns:
+        Whether the head is a new one, and by name the shapes of all that the head consists of.
+
+    Raises:
+        InputError: nobody would train the new head.
+    """
+    from transformers import AutoModelForImageClassification
+
+    new_head = not set(classes) <= set(config.label2id or {})
+    if new_head:
+        names = sorted(set(classes))
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: row for row, name in enumerate(names)}
+    shapes = _head_shapes(AutoModelForImageClassification, config)
+    untrained = {name.rpartition(".")[0] for name in shapes} - set(trained)
     if new_head and untrained:
         cure = f"train a new one with lora.modules_to_save=[{', '.join(sorted(untrained))}]"
         raise InputError(f"model.path: the head of {path!r} does not know the classes; {cure}")
-    finish_loading(model, modules, config)
-    return model.requires_grad_(False).eval(), processor
+    return new_head, shapes
 
 
 def _start_head(model: Any, shapes: Mapping[str, torch.Size]) -> None:

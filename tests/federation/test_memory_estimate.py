@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from fedalt import memory, models
 from fedalt.cli import main
@@ -253,6 +254,18 @@ def test_a_checkpoint_of_few_bits_is_refused(tiny, tiny_base, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": packed}))
     message = refused([tiny, "-c", f"model.path={path.parent}"], capsys)
     assert "is quantized already; its memory is not told" in message
+
+
+def test_a_new_head_that_nobody_trains_is_refused(configs, tmp_path, capsys):
+    for label in ("cat", "dog"):
+        (tmp_path / "ann" / label).mkdir(parents=True)
+        for number in range(4):
+            image = Image.new("RGB", (8, 8), (number, 0, 0))
+            image.save(tmp_path / "ann" / label / f"{number}.png")
+    images = [configs["vit"], "-c", f"data.path={tmp_path}", "-c", "lora.target_modules=[q_proj]"]
+    message = refused(images, capsys)
+    assert "does not know the classes; train a new one with lora.modules_to_save=[class" in message
+    assert "peak" in told([*images, "-c", "lora.modules_to_save=[classifier]"], capsys)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
