@@ -29,7 +29,7 @@ from fedalt.methods import get_method
 from fedalt.models import output_head, usable_device
 from fedalt.skeleton import give_storage, load_skeleton
 from fedalt.stage import check_base, put_adapters
-from fedalt.states import client_tensors
+from fedalt.states import client_tensors, mixed_layers
 from fedalt.tasks import ImageTask, Task, TextTask
 from fedalt.tracker import Kind, Tracker
 
@@ -79,6 +79,10 @@ class Rehearsal:
             give_storage(self._model, self.device)
             put_adapters(self._model, plain)
         self._own = {id(t): Kind.ADAPTERS for _, t in client_tensors(self._model)}
+        # A method that adds to the base keeps its first weights on the host.
+        kept = self._method.changes_base and self.device.type == "cpu"
+        weights = [layer.base.get_parameter("weight") for _, layer in mixed_layers(self._model)]
+        self._first_weights = sum(weight.nbytes for weight in weights) if kept else 0
         if not images:
             with self._followed():
                 mark_chunkable(self._model)
@@ -175,6 +179,7 @@ class Rehearsal:
     def _quantized(self, peak: Bytes, quantization: str) -> Bytes:
         """The same with the linear layers' weights packed, and room for the largest unpacked."""
         peak = Counter(peak)
+        peak[Kind.BASE] += self._first_weights
         if quantization != "none":
             weights = self._linear_weights(quantization)
             own = [weight.numel() * weight.element_size() for weight in weights]

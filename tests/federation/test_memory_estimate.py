@@ -238,6 +238,13 @@ def test_a_base_that_the_method_changes_is_not_quantized(tiny, capsys):
     assert "model.quantization=" not in told([tiny, "-c", "method=flora"], capsys)
 
 
+def test_a_method_that_adds_to_the_base_keeps_its_first_weights(tiny):
+    """Two layers of [32, 32] four times and [48, 32] thrice, in float32."""
+    flora, plain = (load_config(tiny, (f"method={name}",)) for name in ("flora", "fedit"))
+    held = [Rehearsal(each).training(each.train, "none")[Kind.BASE] for each in (flora, plain)]
+    assert held[0] - held[1] == (4 * 2 * (4 * 32 * 32 + 3 * 48 * 32) if DEVICE == "cpu" else 0)
+
+
 def test_the_largest_rank_counts(tiny):
     config = load_config(tiny, ("method=local", "lora.client_ranks={ann: 8}"))
     plain = load_config(tiny, ("method=local",))
