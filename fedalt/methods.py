@@ -157,6 +157,13 @@ class Relay(FedALT):
     alpha_factor = 2.0
 
 
+class RelayKept(Relay):
+    """The relay whose clients keep AdamW's moments from round to round."""
+
+    name = "fedalt-relay-kept"
+    keeps_optimizer = True
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -174,6 +181,7 @@ METHODS: dict[str, Method] = {
         OneA(),
         Warm(),
         Relay(),
+        RelayKept(),
     )
 }
 

@@ -120,6 +120,7 @@ def svd_row(client: str, got: Mapping[str, torch.Tensor], counted: Counted) -> N
         assert_product(got, f"{layer}.{ROW_A}", f"{layer}.{ROW_B}", SCALE, wanted)
 
 
+RELAYS = ("fedalt-relay", "fedalt-relay-kept")
 OWN, ROW = (A, B), (ROW_A, ROW_B)
 ALL = (*OWN, HEAD)
 MIXED = (*OWN, MIXER, HEAD)
@@ -146,12 +147,14 @@ TABLE = {
     "fedalt-own-start": FEDALT,
     "fedalt-kept-optimizer": FEDALT,
     "fedalt-one-a": Row((B, MIXER, HEAD), (B,), (ROW_B,), row_of(others, B)),
-    "fedalt-relay": Row((*MIXED, *ROW), ROW, ROW, relayed),
+    **dict.fromkeys(RELAYS, Row((*MIXED, *ROW), ROW, ROW, relayed)),
     "fedalt-warm": FEDALT,  # from the third round; WARMING before
 }
-KEEP_LOCAL = ("fedit+ft", "fedalt-relay")
+KEEP_LOCAL = ("fedit+ft", *RELAYS)
 """Used as they were trained, before the last installation."""
-SECOND_START = {"feddpa": "drawn", "fedalt-one-a": "same", "fedalt-relay": "drawn"}
+KEEP_MOMENTS = ("fedalt-kept-optimizer", "fedalt-relay-kept")
+"""AdamW goes on where it was."""
+SECOND_START = {"fedalt-one-a": "same", **dict.fromkeys(("feddpa", *RELAYS), "drawn")}
 """Where the second adapter's first A is not zero: the individual's own, or another draw."""
 WARMING = Row(MIXED, OWN, OWN, averaged(*OWN))
 

@@ -30,7 +30,7 @@ from .method_cases import (
     size,
     toys,
 )
-from .method_table import KEEP_LOCAL, OWN, SECOND_START, TABLE, changed, ending, row
+from .method_table import KEEP_LOCAL, KEEP_MOMENTS, OWN, SECOND_START, TABLE, changed, ending, row
 
 SENDERS = [name for name in TABLE if TABLE[name].sends]
 
@@ -184,8 +184,8 @@ def test_first_states(name, played):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_only_the_kept_optimizer_is_kept(name, played):
-    run, keeps = played(name), name == "fedalt-kept-optimizer"
+def test_only_kept_moments_are_kept(name, played):
+    run, keeps = played(name), name in KEEP_MOMENTS
     for client in EXAMPLES:
         assert run.moments[1, client] == ({} if keeps else None)
         assert run.saved(2).has(OPTIMIZER, client) == keeps

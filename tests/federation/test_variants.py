@@ -22,6 +22,7 @@ from .method_cases import (
     round_of,
     run_nudged,
 )
+from .method_table import KEEP_LOCAL, RELAYS
 
 
 def lines(values, part=A):
@@ -143,7 +144,7 @@ def test_an_absent_clients_training_is_forgotten_by_fedavg(config, monkeypatch):
             assert torch.equal(tensor, mean.float())
 
 
-@pytest.mark.parametrize("name", ["fedit+ft", "fedalt-relay"])
+@pytest.mark.parametrize("name", KEEP_LOCAL)
 def test_an_absent_client_that_keeps_local_is_used_as_it_last_was(name, config, monkeypatch):
     """Not with what was installed for its next round."""
     federation = replace(config.federation, away={"cyd": (2,)})
@@ -166,7 +167,7 @@ def test_gates_and_scale_are_fixed_where_the_method_fixes_them(name, config):
     model, _ = stage.load_model(replace(config, method=name), ())
     layers = [layer for _, layer in mixed_layers(model)]
     assert {layer.fixed for layer in layers} == {GATES.get(name)}
-    factor = 2.0 if name == "fedalt-relay" else 1.0
+    factor = 2.0 if name in RELAYS else 1.0
     assert {layer.scaling for layer in layers} == {factor * SCALE}
     alone = not name.startswith(("fedalt", "feddpa"))
     assert all((layer.rest_of_world is None) == alone for layer in layers)
