@@ -49,11 +49,9 @@ def _free_in_groups() -> Iterator[int]:
     for _, controllers, path in (line.split(":", 2) for line in lines):
         for name in CONTROLLERS.keys() & set(controllers.split(",")):
             place, *files = CONTROLLERS[name]
-            top = ROOT / place
-            own = top / path.lstrip("/")
-            for folder in (own, *own.parents):
-                if folder.is_relative_to(top):
-                    yield from _free_in_group(folder, *files)
+            own = ROOT / place / path.lstrip("/")
+            for folder in (own, *own.parents[: len(Path(path).parts) - 1]):
+                yield from _free_in_group(folder, *files)
 
 
 def _free_in_group(folder: Path, limit: str, used: str, reclaimed: str) -> Iterator[int]:

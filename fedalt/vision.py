@@ -84,14 +84,12 @@ def fit_head(
     Raises:
         InputError: nobody would train the new head.
     """
-    from transformers import AutoModelForImageClassification
-
     new_head = not set(classes) <= set(config.label2id or {})
     if new_head:
         names = sorted(set(classes))
         config.id2label = dict(enumerate(names))
         config.label2id = {name: row for row, name in enumerate(names)}
-    shapes = _head_shapes(AutoModelForImageClassification, config)
+    shapes = _head_shapes(config)
     untrained = {name.rpartition(".")[0] for name in shapes} - set(trained)
     if new_head and untrained:
         cure = f"train a new one with lora.modules_to_save=[{', '.join(sorted(untrained))}]"
@@ -116,12 +114,15 @@ def _start_head(model: Any, shapes: Mapping[str, torch.Size]) -> None:
         setattr(model.get_submodule(module), leaf, nn.Parameter(first.to(like.device, like.dtype)))
 
 
-def _head_shapes(kind: Any, config: Any) -> dict[str, torch.Size]:
+def _head_shapes(config: Any) -> dict[str, torch.Size]:
     """By name, the shapes that depend on the number of classes, whatever the head is called."""
+    from transformers import AutoModelForImageClassification
+
     more = copy.deepcopy(config)
     more.num_labels += 1
     with torch.device("meta"):
-        model, larger = kind.from_config(config), kind.from_config(more)
+        make = AutoModelForImageClassification.from_config
+        model, larger = make(config), make(more)
     shapes = {name: tensor.shape for name, tensor in larger.named_parameters()}
     named = model.named_parameters()
     return {name: tensor.shape for name, tensor in named if tensor.shape != shapes[name]}
