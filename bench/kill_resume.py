@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedalt import cli, rounds
-from fedalt.checkpoint import DRAFT, list_checkpoints
-from fedalt.journal import METRICS, TIMES
-from fedalt.report import read_events, read_times
-from fedalt.rundir import CONFIG, RESULTS
-from fedalt.settings import load_config
+from fedalt import cli
+from fedalt.config.settings import load_config
+from fedalt.report.report import read_events, read_times
+from fedalt.run import rounds
+from fedalt.store.checkpoint import DRAFT, list_checkpoints
+from fedalt.store.journal import METRICS, TIMES
+from fedalt.store.rundir import CONFIG, RESULTS
 
 Update = dict[str, Tensor]
 SPOIL: dict[str, Callable[[Update], Update]] = {

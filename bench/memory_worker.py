@@ -44,8 +44,8 @@ SAVED_TOKENS, SAVED_WIDTH = 1024, 1024
 
 def base_of(job: Job) -> nn.Module:
     """The frozen base as it is stored; a shape gets random weights, quantized layer by layer."""
-    from fedalt.config import ModelConfig
-    from fedalt.models import load_base
+    from fedalt.config.schema import ModelConfig
+    from fedalt.model.base import load_base
 
     quantized = job["base"] in ("int8", "nf4", "fp8")
     narrow = "float32" if job["device"] == "cpu" and quantized else "bfloat16"
@@ -56,7 +56,7 @@ def base_of(job: Job) -> nn.Module:
         return load_base(config)[0]
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fedalt.loss import mark_chunkable
+    from fedalt.model.logits import mark_chunkable
 
     torch.manual_seed(0)
     with torch.device(job["device"]):
@@ -69,8 +69,8 @@ def base_of(job: Job) -> nn.Module:
 
 def _pack(model: Any, config: Any) -> None:
     """Quantizes a model's linear layers as loading it does."""
-    from fedalt.models import output_head
-    from fedalt.quantized import finish_loading
+    from fedalt.model.base import output_head
+    from fedalt.model.quantized import finish_loading
 
     head = output_head(model)
     linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]
@@ -117,8 +117,8 @@ class Stepper:
     """A client's training step on one batch, over and over."""
 
     def __init__(self, job: Job) -> None:
-        from fedalt.activations import recomputing
         from fedalt.data.tokens import Example, collate
+        from fedalt.training.activations import recomputing
 
         self.cuda = job["device"] == "cuda"
         if not self.cuda:  # libraries load now: what they take is nobody's peak
@@ -138,7 +138,7 @@ class Stepper:
 
     def step(self) -> float:
         """Milliseconds of one step."""
-        from fedalt.loss import answer_loss
+        from fedalt.training.loss import answer_loss
 
         started = time.perf_counter()
         answer_loss(self.model, self.batch).backward()

@@ -18,17 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fedalt import run as federation
-from fedalt.checkpoint import list_checkpoints, load_checkpoint
-from fedalt.client import train_client
-from fedalt.cohort import derive_seed
-from fedalt.config import Config
+from fedalt.config.schema import Config
+from fedalt.config.settings import load_config
 from fedalt.errors import InputError, RunFailed
-from fedalt.journal import Progress
-from fedalt.settings import load_config
-from fedalt.stage import Stage
-from fedalt.states import load_adapter_state
-from fedalt.tables import table
+from fedalt.model.states import load_adapter_state
+from fedalt.report.tables import table
+from fedalt.run import federation as federation
+from fedalt.run.cohort import derive_seed
+from fedalt.run.stage import Stage
+from fedalt.store.checkpoint import list_checkpoints, load_checkpoint
+from fedalt.store.journal import Progress
+from fedalt.training.client import train_client
 
 GOAL = 1.1
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fedalt import inject
-from fedalt.config import DataConfig, ModelConfig, PartitionConfig, TrainConfig
+from fedalt.config.schema import DataConfig, ModelConfig, PartitionConfig, TrainConfig
 from fedalt.data import load_clients
 from fedalt.data.tokens import Batch, collate, encode
-from fedalt.loss import answer_loss
-from fedalt.models import load_base
+from fedalt.model.base import load_base
+from fedalt.training.loss import answer_loss
 
 from .measure import Interleaved, Step
 
@@ -67,7 +67,7 @@ CANDIDATES: dict[str, Callable[[float], nn.Module]] = {
 
 
 def client_step(model: nn.Module, batch: Batch, config: TrainConfig) -> Step:
-    """What `fedalt.client.train_client` does with every batch."""
+    """What `fedalt.training.train_client` does with every batch."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
     model.train()

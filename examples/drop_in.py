@@ -7,8 +7,8 @@ stand in its place.
 import torch
 
 import fedalt
-from fedalt.config import ModelConfig
-from fedalt.models import load_base
+from fedalt.config.schema import ModelConfig
+from fedalt.model.base import load_base
 
 model, tokenizer = load_base(ModelConfig(path="builtin"))
 model = fedalt.inject(model, rank=8, alpha=16, dropout=0.05, target_modules=("q_proj", "v_proj"))

@@ -1,12 +1,13 @@
 """FedALT: personalised federated fine-tuning with individual and Rest-of-World LoRAs."""
 
-from fedalt.config import Config
+import sys
+
+from fedalt.config import Config, load_config
 from fedalt.errors import InputError
-from fedalt.models import inject
-from fedalt.run import Federation, load_client
-from fedalt.server import rest_of_world
-from fedalt.settings import load_config
-from fedalt.states import individual_state, load_rest_of_world
+from fedalt.methods import rest_of_world
+from fedalt.model import individual_state, inject, load_rest_of_world
+from fedalt.run import Federation
+from fedalt.serving import load_client, load_export
 
 __all__ = [
     "Config",
@@ -16,7 +17,10 @@ __all__ = [
     "inject",
     "load_client",
     "load_config",
+    "load_export",
     "load_rest_of_world",
     "rest_of_world",
 ]
+# Exported adapters of before the rooms say `from fedalt.export import load_export`.
+sys.modules["fedalt.export"] = sys.modules[load_export.__module__]
 __version__ = "0.1.0"

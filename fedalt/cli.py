@@ -12,17 +12,13 @@ from typing import NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from fedalt.compare import compare
-from fedalt.config import Config
+from fedalt.config import Config, load_config
 from fedalt.errors import InputError, RunFailed
-from fedalt.export import export_client
-from fedalt.join import join_run
 from fedalt.memory import foretell
-from fedalt.report import write_report
-from fedalt.run import Federation, evaluate_run
-from fedalt.rundir import CONFIG
-from fedalt.settings import load_config
-from fedalt.tensorboard import write_tensorboard
+from fedalt.report import write_report, write_tensorboard
+from fedalt.run import Federation, compare, join_run
+from fedalt.serving import evaluate_run, export_client
+from fedalt.store import CONFIG
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,17 +11,10 @@ from collections.abc import Callable
 
 import english
 
-from fedalt.config import DataConfig
+from fedalt.config.schema import DataConfig
 from fedalt.data.clients import Record
 from fedalt.data.tokens import render_prompt
-from fedalt.data.world import (
-    FIELD_OF,
-    ORDERS,
-    WORDS,
-    random_fact,
-    random_sentence,
-    sentence,
-)
+from fedalt.data.world import FIELD_OF, ORDERS, WORDS, random_fact, random_sentence, sentence
 
 Family = tuple[float, Callable[[random.Random], Record]]  # share of the corpus, how to draw
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from fedalt.config import ModelConfig
+from fedalt.config.schema import ModelConfig
 from fedalt.data.digits import DIGITS, client_images, digits_clients, public_digits
 from fedalt.data.images import ImageRecord, pixels
-from fedalt.vision import load_image_base
+from fedalt.model.vision import load_image_base
 
 SIDE = 8
 """Height and width of the images."""

@@ -14,8 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # where there is no GPU, kernels run in the interpreter
 
-from fedalt.config import Config
-from fedalt.settings import config_from_dict
+from fedalt.config.schema import Config
+from fedalt.config.settings import config_from_dict
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,11 @@
-"""Who may import whom: the arrows of the design, read from the source without running it."""
+"""Who may import whom: rooms and floors of the loop, arrows of the kernels."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
 import fedalt_kernels
-
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("fedalt", "fedalt_kernels")
+from scripts import house
 
 # Every arrow of the kernels; a module of Triton kernels may import only its own shared parts.
 KERNELS = {
@@ -44,60 +41,61 @@ KERNELS = {
     "sharing": {"adapter", "choice", "dropout", "fused"},
     "layer": {"adapter", "api", "checks", "quantized", "sharing"},
 }
-# The loop is ordered from the command down: nothing imports what stands above it.
-COMMANDS = [
-    "__main__",
-    "cli",
-    "compare",
-    "export",
-    "run",
-    "rounds",
-    "join",
-    "memory",
-    "rehearsal",
-    "stage",
-    "tasks",
-]
-STRANGERS = {"client", "server", "evaluate"}
+# Users call the front; the back computes, and knows nothing of the front.
+FRONT = {"", "layer", "api", "checks", "choice", "autograd", "operators", "sharing"}
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def test_every_room_has_its_floor_and_a_door_that_says_what_it_is_for() -> None:
+    assert set(house.rooms()) < set(house.FLOOR)
+    for room in house.rooms():
+        door = ast.parse(house.SOURCES[f"fedalt.{room}"].read_text(encoding="utf-8"))
+        assert len((ast.get_docstring(door) or "").splitlines()) == 1, room
+        kinds = {type(node) for node in door.body[1:]}
+        assert kinds <= {ast.Import, ast.ImportFrom, ast.Assign}, f"{room}: a door has no code"
 
 
-SOURCES = {module_name(path): path for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+def test_imports_run_down_from_floor_to_floor() -> None:
+    assert house.running_up() == []
 
 
-def imported(module: str) -> set[str]:
-    """The modules of this project that a module names in its imports, functions included."""
-    found = set()
-    path = SOURCES[module]
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            source = node.module or ""
-            if node.level:
-                parents = package.split(".")
-                above = parents[: len(parents) - node.level + 1]
-                source = ".".join([*above, source]).rstrip(".")
-            submodules = {f"{source}.{alias.name}" for alias in node.names} & SOURCES.keys()
-            found |= submodules or {source}
-    return {name for name in found if name.split(".")[0] in PACKAGES} - {module}
+def test_no_import_goes_past_a_rooms_door() -> None:
+    assert house.past_a_door() == []
 
 
-GRAPH = {module: imported(module) for module in SOURCES}
-LOOP = {module: found for module, found in GRAPH.items() if module.split(".")[0] == "fedalt"}
+def test_no_circles() -> None:
+    assert house.circles() == []
 
 
-def part(module: str) -> str:
-    """The design's name for a module: the first one below its package."""
-    return module.partition(".")[2].partition(".")[0]
+def test_a_door_hands_on_only_what_another_room_or_a_user_takes() -> None:
+    taken: dict[str, set[str]] = {name: set() for name in house.FLOOR}
+    for module, found in house.GRAPH.items():
+        for source, names in found.items():
+            if source.startswith("fedalt.") and house.room(source) != house.room(module):
+                taken[house.room(source)] |= names
+    for room in house.rooms():
+        assert set().union(*house.GRAPH[f"fedalt.{room}"].values()) == taken[room], room
 
 
-@pytest.mark.parametrize("module", [m for m in GRAPH if m.split(".")[0] == "fedalt_kernels"])
+def test_few_files_stand_outside_the_rooms() -> None:
+    assert len([path for path in (house.ROOT / "fedalt").iterdir() if path.is_file()]) <= 5
+    assert 10 <= len(house.rooms()) <= 12
+
+
+def test_what_is_checked_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {
+        "fedalt.store.journal": {"fedalt.run": {"Stage"}, "fedalt.model.states": {"State"}},
+        "fedalt.run": {"fedalt.store.journal": {"Journal"}},
+    }
+    monkeypatch.setattr(house, "GRAPH", wrong)
+    assert house.running_up() == ["store -> run"]
+    assert house.past_a_door() == [
+        "fedalt.store.journal -> fedalt.model.states",
+        "fedalt.run -> fedalt.store.journal",
+    ]
+    assert house.circles() == ["fedalt.store.journal -> fedalt.run -> fedalt.store.journal"]
+
+
+@pytest.mark.parametrize("module", [m for m in house.GRAPH if m.startswith("fedalt_kernels")])
 def test_kernels_follow_their_arrows(module: str) -> None:
     short = module.partition(".")[2]
     if short.startswith("triton"):
@@ -105,60 +103,23 @@ def test_kernels_follow_their_arrows(module: str) -> None:
         allowed = {f"triton.{name}" for name in shared}
     else:
         allowed = KERNELS[short]
-    assert GRAPH[module] <= {f"fedalt_kernels.{name}" for name in allowed}
+    assert set(house.GRAPH[module]) <= {f"fedalt_kernels.{name}" for name in allowed}
 
 
-def test_only_models_states_and_quantized_use_the_kernels_and_only_their_public_names() -> None:
-    users = {m for m, found in LOOP.items() if any(f.startswith("fedalt_kernels") for f in found)}
-    assert users == {"fedalt.models", "fedalt.quantized", "fedalt.states"}
-    for user in users:
-        for node in ast.walk(ast.parse(SOURCES[user].read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                "fedalt_kernels"
-            ):
-                assert node.module == "fedalt_kernels"
-                assert {alias.name for alias in node.names} <= set(fedalt_kernels.__all__)
+def test_the_kernels_back_knows_nothing_of_their_front() -> None:
+    for short, found in KERNELS.items():
+        assert short in FRONT or not found & FRONT, short
+
+
+def test_only_the_model_uses_the_kernels_and_only_their_public_names() -> None:
+    for module, found in house.GRAPH.items():
+        for source, names in found.items():
+            if module.split(".")[0] == "fedalt" and source.split(".")[0] == "fedalt_kernels":
+                assert house.room(module) == "model", module
+                assert source == "fedalt_kernels"
+                assert names <= set(fedalt_kernels.__all__)
 
 
 def test_servers_mathematics_imports_nothing_of_the_loop() -> None:
     for module in ("server", "robust", "products"):
-        assert not GRAPH[f"fedalt.{module}"]
-
-
-def test_methods_know_neither_clients_nor_disks() -> None:
-    allowed = {"errors", "method", "methods", "products", "rivals", "robust", "server", "states"}
-    for module in ("method", "methods", "rivals"):
-        assert {part(name) for name in GRAPH[f"fedalt.{module}"]} <= allowed
-
-
-def test_client_server_and_evaluate_are_strangers() -> None:
-    for module, found in LOOP.items():
-        if part(module) in STRANGERS:
-            assert not {part(name) for name in found} & (STRANGERS - {part(module)}), module
-
-
-def test_commands_are_imported_only_from_above() -> None:
-    for module, found in LOOP.items():
-        name = part(module)
-        height = COMMANDS.index(name) if name in COMMANDS else len(COMMANDS)
-        if name:
-            assert not {part(other) for other in found} & set(COMMANDS[:height]), module
-
-
-def test_config_stands_at_the_bottom() -> None:
-    assert GRAPH["fedalt.config"] <= {"fedalt.config_data", "fedalt.errors"}
-    assert GRAPH["fedalt.config_data"] <= {"fedalt.errors"}
-
-
-def test_no_cycles() -> None:
-    done: set[str] = set()
-
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join([*path, module])
-        if module not in done:
-            for other in GRAPH.get(module, ()):
-                visit(other, (*path, module))
-            done.add(module)
-
-    for module in GRAPH:
-        visit(module, ())
+        assert not house.GRAPH[f"fedalt.methods.{module}"]

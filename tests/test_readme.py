@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedalt.config import ModelConfig
-from fedalt.models import load_base
+from fedalt.config.schema import ModelConfig
+from fedalt.model.base import load_base
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedalt
-from fedalt.config import DataConfig
+from fedalt.config.schema import DataConfig
 from fedalt.data.clients import Record
 from fedalt.data.sample import (
     CODED,

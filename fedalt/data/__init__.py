@@ -1,7 +1,23 @@
-"""Where clients and their records come from."""
+"""The federation's clients and their records, wherever they come from."""
 
 from fedalt.data.clients import load_clients
-from fedalt.data.images import ImageRecord
+from fedalt.data.images import ImageExample, ImageRecord, pixels
 from fedalt.data.records import Client, Parts, Record
+from fedalt.data.sources import is_on_hub
+from fedalt.data.tokens import IGNORED, Batch, Example, collate, encode
 
-__all__ = ["Client", "ImageRecord", "Parts", "Record", "load_clients"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Client",
+    "Example",
+    "ImageExample",
+    "ImageRecord",
+    "Parts",
+    "Record",
+    "collate",
+    "encode",
+    "is_on_hub",
+    "load_clients",
+    "pixels",
+]

@@ -8,7 +8,7 @@ import torch
 from bench import overhead, roofline, tune
 from bench.__main__ import main
 from bench.cases import Case, Q, in_order, schedules
-from fedalt.config import Config
+from fedalt.config.schema import Config
 from fedalt_kernels import fused
 from fedalt_kernels.triton import decode, reduce, tiles
 

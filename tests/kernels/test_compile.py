@@ -6,7 +6,6 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fedalt_kernels import MixedLoRALinear
-from fedalt_kernels import operators as _registers_them  # noqa: F401
 
 from .cases import SCALING, SEED, Case, build
 

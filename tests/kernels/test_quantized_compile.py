@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, library, nn
 
 from fedalt_kernels import Fp8Linear, MixedLoRALinear
-from fedalt_kernels import operators as _registers_them  # noqa: F401
 
 from .cases import Case, build
 from .quantizing import quantize

@@ -1,0 +1,26 @@
+"""What a run is: frozen dataclasses of settings, from YAML or in code."""
+
+from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
+from fedalt.config.schema import (
+    BUILTIN_BASE,
+    BUILTIN_VIT,
+    Config,
+    EvaluateConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from fedalt.config.settings import load_config
+
+__all__ = [
+    "BUILTIN_BASE",
+    "BUILTIN_VIT",
+    "DIGITS",
+    "SAMPLE",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "TrainConfig",
+    "load_config",
+]

@@ -1,0 +1,250 @@
+"""What a run is: frozen dataclasses; every value is checked when one is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
+from fedalt.errors import require, require_one_of
+
+__all__ = [
+    "BUILTIN_BASE",
+    "BUILTIN_VIT",
+    "DIGITS",
+    "SAMPLE",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "FederationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "TrainConfig",
+]
+
+BUILTIN_BASE, BUILTIN_VIT = "builtin", "builtin-vit"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model that all clients share."""
+
+    path: str = BUILTIN_BASE
+    """A Hugging Face model id or folder; ``builtin`` and ``builtin-vit`` are in the package."""
+    dtype: str = "float32"
+    device: str = "cpu"
+    quantization: str = "none"
+    """How the frozen linear layers, but the output head, are stored: ``nf4`` (4 bits, scales
+    quantized too) and ``int8`` by bitsandbytes, ``fp8`` (e4m3) by this package; ``none``: in
+    ``dtype``, which the others compute in."""
+
+    def __post_init__(self) -> None:
+        require_one_of(("float32", "bfloat16", "float16"), "model.dtype", self.dtype)
+        require_one_of(("none", "nf4", "int8", "fp8"), "model.quantization", self.quantization)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapters put into every targeted linear layer; the scale is ``alpha / rank``."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of linear layers (``q_proj``), as in PEFT; ``all-linear``: all but the output head."""
+    impl: str = "auto"
+    """How adapted layers are computed: ``triton``, ``torch``, ``reference``; ``auto`` chooses."""
+    modules_to_save: tuple[str, ...] = ()
+    """Whole modules trained beside the adapters, as in PEFT: a classifier's new head."""
+    client_ranks: dict[str, int] = field(default_factory=dict)
+    """Clients of another rank, for methods that can combine ranks; 0: trains no adapter."""
+    client_starts: dict[str, str] = field(default_factory=dict)
+    """By client, a PEFT adapter's folder that its individual LoRA starts from."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
+        require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
+        require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
+        require(len(self.target_modules) > 0, "lora.target_modules", "a list of names", [])
+        require_one_of(("auto", "triton", "torch", "reference"), "lora.impl", self.impl)
+        for name, rank in self.client_ranks.items():
+            require(rank >= 0, f"lora.client_ranks.{name}", "at least 0", rank)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Local training of one client in one round; optimizer and schedule start afresh each round."""
+
+    batch_size: int = 16
+    epochs: int = 5
+    max_steps: int | None = 30
+    """Steps a round whatever the number of records; null: ``epochs`` passes over the records."""
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.0
+    lr_scheduler: str = "linear"
+    """What follows the warm-up: ``linear`` or ``cosine`` decay to zero, or ``constant``."""
+    warmup_steps: int = 3
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
+    """``adamw``, or with moments of 8 bits, by bitsandbytes, ``adamw_8bit``; or these in memory
+    that a GPU pages out to the host, ``paged_adamw_8bit``. Tensors of fewer than 4096 numbers keep
+    moments of 32 bits, and of fewer than 100 000 unpaged ones."""
+    micro_batch: int | None = None
+    """Examples of a batch that are run at once; null: all. Whenever memory does not suffice it is
+    halved, the step is run again, and the run goes on with what fits. A step's gradient stays the
+    whole batch's, but for its rounding and, under dropout, its masks."""
+    gradient_checkpointing: bool = False
+    """Of every block only the input is kept; the rest is computed again in the backward."""
+    offload_activations: bool = False
+    """What is kept for the backward waits in host memory; for a GPU."""
+    loss_chunk: int | None = None
+    """Tokens whose logits are alive at once; null: as many as make 2^24 logits. The loss's peak is
+    about 16 bytes x this x the vocabulary."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
+        require(self.epochs >= 1, "train.epochs", "at least 1", self.epochs)
+        steps_ok = self.max_steps is None or self.max_steps >= 1
+        require(steps_ok, "train.max_steps", "at least 1, or null", self.max_steps)
+        require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
+        require(self.weight_decay >= 0, "train.weight_decay", "at least 0", self.weight_decay)
+        require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
+        require(self.max_grad_norm > 0, "train.max_grad_norm", "above 0", self.max_grad_norm)
+        require_one_of(("linear", "cosine", "constant"), "train.lr_scheduler", self.lr_scheduler)
+        optimizers = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+        require_one_of(optimizers, "train.optimizer", self.optimizer)
+        for name in ("micro_batch", "loss_chunk"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"train.{name}", "at least 1, or null", value)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part in a round, what the server refuses, how it averages, who joins later."""
+
+    participation: float = 1.0
+    """The share of known clients drawn in every round."""
+    min_clients: int = 2
+    """With fewer good updates nothing is combined in that round. Two clients of FedALT see each
+    other's adapter as their Rest-of-World."""
+    max_age: int = 5
+    """Rounds for which an absent client's last counted update counts in a Rest-of-World."""
+    stragglers: float = 0.0
+    """The share of drawn clients whose update misses its round. Where a method's Rest-of-World
+    counts absent clients it counts from the next round, like theirs; elsewhere it never does."""
+    away: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By client, the rounds in which it cannot be drawn."""
+    aggregate: str = "mean"
+    """``mean``, ``trimmed`` (of each number, the ``trim`` share at both ends is left out),
+    ``median``, or ``clipped`` (changes of more than the median norm are scaled down to it; of what
+    a Rest-of-World last counted of the client, else of what the client started from)."""
+    trim: float = 0.1
+    max_norm_ratio: float | None = 10.0
+    """An update of more than this times the round's median norm is refused; null: never."""
+    holdout: float = 0.0
+    """The share of clients kept out of training, who join after the last round."""
+    join_epochs: int = 5
+    """Passes over its train records by which an unseen client fits itself in."""
+    join_start: str = "row"
+    """Where an unseen client's individual LoRA starts: ``fresh``, ``row``, ``nearest``."""
+
+    def __post_init__(self) -> None:
+        share = 0 < self.participation <= 1
+        require(share, "federation.participation", "in (0, 1]", self.participation)
+        require(self.min_clients >= 2, "federation.min_clients", "at least 2", self.min_clients)
+        require(self.max_age >= 0, "federation.max_age", "at least 0", self.max_age)
+        require(0 <= self.stragglers < 1, "federation.stragglers", "in [0, 1)", self.stragglers)
+        require_one_of(
+            ("mean", "trimmed", "median", "clipped"), "federation.aggregate", self.aggregate
+        )
+        require(0 <= self.trim < 0.5, "federation.trim", "in [0, 0.5)", self.trim)
+        ratio_ok = self.max_norm_ratio is None or self.max_norm_ratio > 1
+        require(ratio_ok, "federation.max_norm_ratio", "above 1, or null", self.max_norm_ratio)
+        require(0 <= self.holdout < 1, "federation.holdout", "in [0, 1)", self.holdout)
+        require(self.join_epochs >= 1, "federation.join_epochs", "at least 1", self.join_epochs)
+        require_one_of(("fresh", "row", "nearest"), "federation.join_start", self.join_start)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Generation and scoring of the test records."""
+
+    every: int = 1
+    """Rounds between evaluations; round 0 and the last are always evaluated."""
+    batch_size: int = 128
+    max_new_tokens: int = 80
+    num_beams: int = 1
+    parts: bool = True
+    """After the last round, score each of a client's two adapters alone as well."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch_size", "max_new_tokens", "num_beams"):
+            value = getattr(self, name)
+            require(value >= 1, f"evaluate.{name}", "at least 1", value)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Equal configs, data and device give bit-identical runs."""
+
+    method: str = "fedalt"
+    rounds: int = 6
+    seed: int = 0
+    out: str = ""
+    """The run directory; empty: ``runs/<data>-<method>``, numbered when that is taken."""
+    threads: int | None = None
+    """CPU threads of PyTorch; null: PyTorch's own choice. On a busy machine 1 is often faster."""
+    save_total_limit: int = 2
+    """Checkpoints kept; the oldest go first."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
+        require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
+        require(self.save_total_limit >= 1, "save_total_limit", "at least 1", self.save_total_limit)
+        other = {"text": BUILTIN_VIT, "image": BUILTIN_BASE}[self.data.kind]
+        fits = self.model.path != other
+        require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)
+        threads_ok = self.threads is None or self.threads >= 1
+        require(threads_ok, "threads", "at least 1, or null", self.threads)
+        on_gpu = not self.model.device.startswith("cpu")
+        paged = self.train.optimizer == "paged_adamw_8bit"
+        wanted = "adamw or adamw_8bit on a CPU, which has no other memory to page to"
+        require(on_gpu or not paged, "train.optimizer", wanted, self.train.optimizer)
+        offload = self.train.offload_activations
+        wanted = "false on a CPU, which has no other memory to offload to"
+        require(on_gpu or not offload, "train.offload_activations", wanted, offload)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain nested dicts and lists, every key present."""
+        return _plain(dataclasses.asdict(self))
+
+    def to_yaml(self) -> str:
+        """The config as YAML that ``load_config`` reads back to an equal config."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted key, such as ``train.batch_size``."""
+        rows: dict[str, Any] = {}
+        for key, value in self.to_dict().items():
+            if dataclasses.is_dataclass(getattr(self, key)):
+                rows.update({f"{key}.{inner}": v for inner, v in value.items()})
+            else:
+                rows[key] = value
+        return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple) else value

@@ -1,0 +1,5 @@
+"""Scores of a client on its test records, texts and images alike."""
+
+from fedalt.evaluation.tasks import ImageTask, Task, TextTask
+
+__all__ = ["ImageTask", "Task", "TextTask"]

@@ -1,0 +1,111 @@
+"""Scores of one client's model on test examples: by generation, by likelihood and by loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedalt.config import EvaluateConfig
+from fedalt.data import Example, ImageExample, Record, collate
+from fedalt.evaluation.likelihood import choice_scores
+from fedalt.evaluation.metrics import named_option, text_scores
+from fedalt.model import GateMeter
+from fedalt.training import answer_loss
+
+
+@torch.no_grad()
+def evaluate_text(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    records: Sequence[Record],
+    config: EvaluateConfig,
+    meter: GateMeter | None = None,
+) -> dict[str, float]:
+    """Score ``model``, which holds a client's adapters, on the client's test examples.
+
+    Args:
+        examples: prompts and answers in token ids.
+        records: what they were made of, in the same order.
+        meter: watches the loss's pass over the examples.
+
+    Returns:
+        ``rouge1``, ``rouge2``, ``rougeL``, ``exact_match`` in percent and ``loss`` in nats a token;
+        where every record has options also ``accuracy`` (of the option that the generated answer
+        names), ``choice`` and ``choice_norm`` (by likelihood), in percent.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    answers = [""] * len(examples)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    longest_first = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
+    for start in range(0, len(examples), config.batch_size):
+        rows = longest_first[start : start + config.batch_size]
+        chunk = [examples[i] for i in rows]
+        with meter or nullcontext():
+            total += answer_loss(model, collate(chunk, tokenizer.pad_token_id, device), "sum")
+        for i, text in zip(rows, generate(model, tokenizer, chunk, config), strict=True):
+            answers[i] = text
+    tokens = sum(len(example.answer) for example in examples)
+    scores = text_scores(answers, [record.output for record in records])
+    scores["loss"] = total.item() / tokens
+    if all(record.options for record in records):
+        right = sum(
+            named_option(answer, record.options) == record.output
+            for answer, record in zip(answers, records, strict=True)
+        )
+        scores["accuracy"] = 100 * right / len(records)
+        scores |= choice_scores(model, tokenizer, examples, records, config.batch_size)
+    return scores
+
+
+def generate(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], config: EvaluateConfig
+) -> list[str]:
+    """Greedy or beam-search answers to the prompts, as text, in one left-padded batch."""
+    device = next(model.parameters()).device
+    prompts = [Example(prompt=example.prompt, answer=()) for example in examples]
+    batch = collate(prompts, tokenizer.pad_token_id, device)
+    tokens = model.generate(  # type: ignore[operator]
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=config.max_new_tokens,
+        num_beams=config.num_beams,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = tokens[:, batch.input_ids.shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def evaluate_images(
+    model: nn.Module,
+    pixels: Callable[[Sequence[ImageExample]], Tensor],
+    examples: Sequence[ImageExample],
+    batch_size: int,
+    meter: GateMeter | None = None,
+) -> dict[str, float]:
+    """``accuracy`` in percent and ``loss`` in nats of an image classifier.
+
+    Args:
+        pixels: of a batch of examples, float32 [B, C, H, W].
+        meter: watches the pass over the examples.
+    """
+    model.eval()
+    weight = next(model.parameters())
+    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    with meter or nullcontext():
+        for start in range(0, len(examples), batch_size):
+            chunk = examples[start : start + batch_size]
+            logits = model(pixel_values=pixels(chunk).to(weight.device, weight.dtype)).logits
+            labels = torch.tensor([example.label for example in chunk], device=logits.device)
+            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            total += torch.stack([(logits.argmax(-1) == labels).sum(), loss]).double()
+    right, loss = (total / len(examples)).tolist()
+    return {"accuracy": 100 * right, "loss": loss}

@@ -1,0 +1,107 @@
+"""What the loop does not need to know of text or images: examples, their loss, their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fedalt.config import Config
+from fedalt.data import Example, ImageExample, collate, encode, pixels
+from fedalt.errors import InputError
+from fedalt.evaluation.evaluate import evaluate_images, evaluate_text
+from fedalt.model import GateMeter
+from fedalt.training import answer_loss, class_loss
+
+
+class Task(Protocol):
+    """One kind of data, with the tokenizer or image processor of the base."""
+
+    tool: Any
+
+    def encode(self, records: Sequence[Any]) -> list[Any]:
+        """Records as examples."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Sequence[Any]) -> Tensor:
+        """The mean loss of a batch of examples, in nats (a token)."""
+        ...
+
+    def count(self, batch: Sequence[Any]) -> int:
+        """How many terms that mean is over."""
+        ...
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        examples: Sequence[Any],
+        records: Sequence[Any],
+        meter: GateMeter | None = None,
+    ) -> dict[str, float]:
+        """Scores by name, the main one first; ``meter`` watches one pass over the examples."""
+        ...
+
+
+class TextTask:
+    """Instructions and answers of a causal language model."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self.tool, self._config = tokenizer, config
+
+    def encode(self, records: Sequence[Any]) -> list[Any]:
+        return encode(records, self.tool, self._config.data)
+
+    def loss(self, model: nn.Module, batch: Sequence[Example]) -> Tensor:
+        device = next(model.parameters()).device
+        collated = collate(batch, self.tool.pad_token_id, device)
+        return answer_loss(model, collated, chunk=self._config.train.loss_chunk)
+
+    def count(self, batch: Sequence[Example]) -> int:
+        return sum(len(example.answer) for example in batch)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        records: Sequence[Any],
+        meter: GateMeter | None = None,
+    ) -> dict[str, float]:
+        settings = self._config.evaluate
+        return evaluate_text(model, self.tool, examples, records, settings, meter)
+
+
+class ImageTask:
+    """Images and their classes."""
+
+    def __init__(self, config: Config, processor: Any, classes: dict[str, int]) -> None:
+        self.tool, self._config, self._classes = processor, config, classes
+
+    def encode(self, records: Sequence[Any]) -> list[Any]:
+        for record in records:
+            if record.label not in self._classes:
+                known = ", ".join(self._classes)
+                raise InputError(
+                    f"{record.name()}: the model has no class {record.label!r}; remove its images, "
+                    f"known: {known}"
+                )
+        return [ImageExample(record, self._classes[record.label]) for record in records]
+
+    def loss(self, model: nn.Module, batch: Sequence[ImageExample]) -> Tensor:
+        return class_loss(model, self._pixels(batch), [example.label for example in batch])
+
+    def count(self, batch: Sequence[ImageExample]) -> int:
+        return len(batch)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        examples: Sequence[ImageExample],
+        records: Sequence[Any],
+        meter: GateMeter | None = None,
+    ) -> dict[str, float]:
+        size = self._config.evaluate.batch_size
+        return evaluate_images(model, self._pixels, examples, size, meter)
+
+    def _pixels(self, batch: Sequence[ImageExample]) -> Tensor:
+        return pixels([example.record for example in batch], self.tool)

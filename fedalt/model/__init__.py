@@ -1,0 +1,64 @@
+"""The frozen base, the mixed-LoRA layers in it, and a client as a state of tensors."""
+
+from fedalt.model.base import checkpoint_of, inject, load_base, output_head, usable_device
+from fedalt.model.extras import bitsandbytes
+from fedalt.model.gates import GateMeter
+from fedalt.model.logits import mark_chunkable
+from fedalt.model.states import (
+    HEAD,
+    INDIVIDUAL,
+    MIXER,
+    REST_OF_WORLD,
+    BaseWeights,
+    State,
+    adapter_alone,
+    adapter_state,
+    as_rest_of_world,
+    base_fingerprint,
+    client_tensors,
+    fresh_state,
+    individual_state,
+    is_part,
+    load_adapter_state,
+    load_rest_of_world,
+    mixed_layers,
+    part_of,
+    renamed,
+    select,
+    set_trainable,
+)
+from fedalt.model.vision import fit_head, load_image_base
+
+__all__ = [
+    "HEAD",
+    "INDIVIDUAL",
+    "MIXER",
+    "REST_OF_WORLD",
+    "BaseWeights",
+    "GateMeter",
+    "State",
+    "adapter_alone",
+    "adapter_state",
+    "as_rest_of_world",
+    "base_fingerprint",
+    "bitsandbytes",
+    "checkpoint_of",
+    "client_tensors",
+    "fit_head",
+    "fresh_state",
+    "individual_state",
+    "inject",
+    "is_part",
+    "load_adapter_state",
+    "load_base",
+    "load_image_base",
+    "load_rest_of_world",
+    "mark_chunkable",
+    "mixed_layers",
+    "output_head",
+    "part_of",
+    "renamed",
+    "select",
+    "set_trainable",
+    "usable_device",
+]

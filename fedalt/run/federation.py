@@ -1,0 +1,199 @@
+"""One federated run, from config to report. Read ``Federation.run`` from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedalt.config import Config
+from fedalt.errors import InputError, RunFailed
+from fedalt.methods import get_method
+from fedalt.model import INDIVIDUAL, REST_OF_WORLD, GateMeter, adapter_alone, load_adapter_state
+from fedalt.report import read_results, write_report
+from fedalt.run.join import fit_in, score
+from fedalt.run.rounds import Play
+from fedalt.run.stage import Member, Stage, set_stage
+from fedalt.store import (
+    CLIENTS,
+    CONFIG,
+    NEXT,
+    RESULTS,
+    Checkpoint,
+    Draft,
+    Journal,
+    Progress,
+    claim_run_dir,
+    free_run_dir,
+    load_latest,
+    refuse_changes,
+    settings_of,
+    sole_writer,
+    write_atomic,
+    writing,
+)
+from fedalt.training import count_steps, out_of_memory
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        out: the run directory.
+        results: as ``results.json``: last and best scores by client, and their means.
+        table: one line a client, as text.
+        page: the path of the report.
+    """
+
+    out: Path
+    results: Mapping[str, Any]
+    table: str
+    page: Path
+
+
+class Federation:
+    """Clients that fine-tune one frozen base without sharing data, under one method."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises ``InputError`` for a method that is not known; names the run directory."""
+        get_method(config.method)
+        self.config = replace(config, out=config.out or str(free_run_dir(config)))
+
+    def run(self, resume: bool = False) -> Result:
+        """Train, combine and evaluate round by round, saving after each.
+
+        Args:
+            resume: go on from the run directory's newest checkpoint, if it has one. The end has
+                the same bits as that of a run that was never cut short.
+
+        Raises:
+            InputError: bad data, model, target or run directory. Nothing has been written then.
+            RunFailed: no client could train, or none could be scored.
+        """
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        out = claim_run_dir(config, resume)
+        stage = set_stage(config)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        with sole_writer(out):
+            return self._run(stage, out, resume)
+
+    def _run(self, stage: Stage, out: Path, resume: bool) -> Result:
+        config = self.config
+        saved = load_latest(out) if resume else None
+        if saved:
+            _refuse_changes(stage, saved, out)
+        write_atomic(out / CONFIG, config.to_yaml())
+
+        done = saved.round if saved else -1
+        micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
+        kept = saved.record["metrics_bytes"] if saved else 0
+        with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
+            for number in range(done + 1, config.rounds + 1):
+                draft = Draft(out, number)
+                if saved is None:
+                    sent = _begin(stage, draft)
+                else:
+                    play = Play(stage, number, saved, draft, journal, progress, micro_batch)
+                    sent, micro_batch = play.run(), play.micro_batch
+                if number % config.evaluate.every == 0 or number == config.rounds:
+                    _evaluate(stage, draft, number, journal, progress)
+                journal.sync()
+                record = {
+                    "clients": [member.id for member in stage.known],
+                    "classes": stage.classes,
+                    "fingerprints": stage.fingerprints,
+                    "settings": settings_of(config),
+                    "metrics_bytes": journal.size,
+                    "sent": sent,
+                    "micro_batch": micro_batch,
+                }
+                started = time.perf_counter()
+                saved = draft.commit(record, keep=config.save_total_limit)
+                journal.time(number, "save", "", time.perf_counter() - started)
+                progress.end_round(number)
+            assert saved is not None
+            for member in stage.unseen:
+                try:
+                    fit_in(stage, saved, member, out)
+                except Exception as error:  # its fault must not cost the others' results
+                    journal.fail(config.rounds, member.id, error, unseen=True)
+                    progress.say(f"{member.id} could not join; see errors.log")
+
+        results = read_results(out)
+        write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
+        with writing(out / "report"):
+            table, page = write_report(out, f"{stage.method.name} on {config.data.name}")
+        if not any(client["trained_rounds"] for client in results["clients"].values()):
+            raise RunFailed(f"{out}: no update was good in any round; the report says why: {page}")
+        return Result(out, results, table, page)
+
+
+def _progress(stage: Stage, done: int) -> Progress:
+    config = stage.config
+    steps = sum(count_steps(member.examples, config.train) for member in stage.known)
+    return Progress(config.rounds, round(steps * config.federation.participation), done)
+
+
+def _begin(stage: Stage, draft: Draft) -> dict[str, int]:
+    """Round 0: every client's first state."""
+    for member in stage.known:
+        state = stage.first_state(member.id)
+        draft.put(CLIENTS, member.id, state)
+        if stage.method.keeps_local:
+            draft.put(NEXT, member.id, state)
+    return {}
+
+
+def _evaluate(
+    stage: Stage, draft: Draft, number: int, journal: Journal, progress: Progress
+) -> None:
+    """Score every client with what it uses; after the last round, with each adapter alone too."""
+    apart = stage.method.rest_of_world and stage.config.evaluate.parts
+    parts = (INDIVIDUAL, REST_OF_WORLD) if number == stage.config.rounds else ()
+    stage.load_base(draft)
+    for member in stage.known:
+        started = time.perf_counter()
+        load_adapter_state(stage.model, draft.state(CLIENTS, member.id).read())
+        meter = GateMeter(stage.model)
+        try:
+            scores = score(stage, member, meter)
+            alone = {part: _score_alone(stage, member, part) for part in parts if apart}
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            size = stage.config.evaluate.batch_size
+            if number == 0:
+                raise RunFailed(
+                    f"out of memory while scoring {member.id}; lower evaluate.batch_size ({size})"
+                ) from None
+            journal.fail(number, member.id, error)
+            continue
+        journal.write("evaluate", number, member.id, **scores)
+        if stage.method.rest_of_world:
+            journal.write("gates", number, member.id, layers=meter.means())
+        for part, own in alone.items():
+            journal.write("part", number, member.id, part=part, **own)
+        journal.time(number, "evaluate", member.id, time.perf_counter() - started)
+        progress.evaluated(member.id, scores)
+
+
+def _score_alone(stage: Stage, member: Member, part: str) -> dict[str, float]:
+    with adapter_alone(stage.model, part):
+        return score(stage, member)
+
+
+def _refuse_changes(stage: Stage, saved: Checkpoint, out: Path) -> None:
+    refuse_changes(saved.record["settings"], settings_of(stage.config), saved.path)
+    before, now = saved.record["fingerprints"], stage.fingerprints
+    for name in now.keys() | before.keys():
+        if before.get(name) != now.get(name):
+            raise InputError(f"{out}: the {name} is not what it was when the run began; restore it")

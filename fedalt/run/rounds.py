@@ -1,0 +1,254 @@
+"""One round: the drawn clients train, good updates are combined, every client installs its part."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedalt.errors import RunFailed
+from fedalt.methods import Clipped, Combined, Round, Update, change_norm, fault, out_of_proportion
+from fedalt.model import INDIVIDUAL, State, adapter_state, load_adapter_state, select
+from fedalt.run.cohort import derive_seed, drawn, late
+from fedalt.run.stage import BASE, NEWCOMER, Member, Stage
+from fedalt.store import (
+    CLIENTS,
+    COUNTED,
+    NEXT,
+    OPTIMIZER,
+    SERVER,
+    Checkpoint,
+    Draft,
+    Journal,
+    Progress,
+    StoredState,
+)
+from fedalt.training import train_client
+
+TRAINED, UPDATE = "trained", "update"
+"""Groups of the draft that live for one round."""
+
+
+@dataclass
+class Play:
+    """A round and what it works with.
+
+    Attributes:
+        before: the checkpoint that the round starts from; ``draft``: the one that it writes.
+        micro_batch: the examples that memory holds at once, so far as it is known; None: a batch.
+        finished: by id, the clients whose training counts, with the norm of their change.
+        told: by id, what their training said.
+        updates: by id, what counts of what they handed in, by clients that send anything.
+    """
+
+    stage: Stage
+    number: int
+    before: Checkpoint
+    draft: Draft
+    journal: Journal
+    progress: Progress
+    micro_batch: int | None
+    finished: dict[str, float] = field(default_factory=dict)
+    told: dict[str, dict[str, float]] = field(default_factory=dict)
+    updates: dict[str, Update] = field(default_factory=dict)
+
+    def run(self) -> dict[str, int]:
+        """Play the round.
+
+        Returns:
+            By client id, the round of its last good update.
+
+        Raises:
+            RunFailed: not one of all clients could train. Where only some were drawn, others may in
+                the next round.
+        """
+        members = {member.id: member for member in self.stage.known}
+        self.stage.load_base(self.before)
+        cast = drawn(list(members), self.number, self.stage.config)
+        reasons = [reason for id in cast if (reason := self._train(members[id]))]
+        if len(reasons) == len(members):
+            raise RunFailed(f"round {self.number}: no client could train; {reasons[0]}")
+        started = time.perf_counter()
+        self._refuse_the_unlike()
+        for client in self.finished:
+            self.journal.write("train", self.number, client, **self.told[client])
+        self.progress.trained([self.told[client]["loss"] for client in self.finished])
+        if self.stage.config.federation.aggregate == "clipped":
+            self._clip()
+        missing = late(list(self.updates), self.number, self.stage.config)
+        for client in missing:
+            self.journal.write("late", self.number, client)
+        combined = self._combine(self._counted(missing))
+        self._install(combined)
+        for group in (TRAINED, UPDATE):
+            self.draft.drop(group)
+        self.journal.time(self.number, "combine", "", time.perf_counter() - started)
+        return {**self.before.record["sent"], **dict.fromkeys(self.updates, self.number)}
+
+    def _train(self, member: Member) -> str:
+        """Train one client and take its update in; or why it failed or was refused."""
+        stage, client, started = self.stage, member.id, time.perf_counter()
+        state = self.before.next(client)
+        keeps = stage.method.keeps_optimizer
+        moments: Mapping[str, Tensor] = {}
+        if keeps and self.before.has(OPTIMIZER, client):
+            moments = self.before.state(OPTIMIZER, client)
+        try:
+            load_adapter_state(stage.model, state.read())
+            result = train_client(
+                stage.model,
+                stage.examples(member).train,
+                replace(stage.config.train, micro_batch=self.micro_batch),
+                stage.task.loss,
+                trains=stage.trains(client),
+                seed=derive_seed(stage.config.seed, self.number, client),
+                count=stage.task.count,
+                optimizer=moments if keeps else None,
+                on_step=self.progress.step,
+            )
+            trained = adapter_state(stage.model)
+            update = hand_in(trained, stage.sends(client), client)
+        except Exception as error:  # one client's fault must not end the others' round
+            return f"{client}: {self.journal.fail(self.number, client, error)}; see errors.log"
+        self.micro_batch = result.micro_batch
+        known = stage.sent_part(client, state)
+        reason = fault(update, known) or fault(trained, state)
+        if reason:
+            self.journal.write("refuse", self.number, client, reason=reason)
+            return f"{client}: {reason}"
+        self.draft.put(TRAINED, client, trained)
+        if result.optimizer:
+            self.draft.put(OPTIMIZER, client, result.optimizer)
+        if update:
+            self.updates[client] = self.draft.put(UPDATE, client, update)
+        self.finished[client] = change_norm(update, known)
+        self.told[client] = {"loss": result.loss, "steps": result.steps}
+        if result.micro_batch and result.micro_batch < stage.config.train.batch_size:
+            self.told[client]["micro_batch"] = result.micro_batch
+        self.journal.time(self.number, "train", client, time.perf_counter() - started)
+        return ""
+
+    def _refuse_the_unlike(self) -> None:
+        norms = {client: self.finished[client] for client in self.updates}
+        ratio = self.stage.config.federation.max_norm_ratio
+        for client, reason in out_of_proportion(norms, ratio).items():
+            self.journal.write("refuse", self.number, client, reason=reason)
+            del self.finished[client], self.updates[client]
+
+    def _clip(self) -> None:
+        """Let no update move what counts of its client further than the median one does."""
+        last = {client: self._last_counted(client) for client in self.updates}
+        norms = {c: change_norm(update, last[c]) for c, update in self.updates.items()}
+        middle = statistics.median(norms.values()) if norms else 0.0
+        for client, norm in norms.items():
+            if norm > middle:
+                update = self.updates[client]
+                self.updates[client] = Clipped(update, last[client], middle / norm)
+
+    def _last_counted(self, client: str) -> StoredState:
+        """What last counted of a client, which nearly always is what it has; still on disk."""
+        if self.before.has(COUNTED, client):
+            return self.before.state(COUNTED, client)
+        return self.stage.sent_part(client, self.before.next(client))
+
+    def _counted(self, missing: list[str]) -> dict[str, Update]:
+        """By client id, what is combined: updates in time, and the absent clients' last ones."""
+        method, sent = self.stage.method, self.before.record["sent"]
+        oldest = max(self.number - self.stage.config.federation.max_age, 0)
+        counted: dict[str, Update] = {}
+        for member in self.stage.known:
+            client = member.id
+            if client in self.updates and client not in missing:
+                counted[client] = self.updates[client]
+            elif method.counts_absent and sent.get(client, -1) >= oldest:
+                counted[client] = self._last_counted(client)
+        return counted
+
+    def _combine(self, counted: Mapping[str, Update]) -> Combined | None:
+        """What the method makes of the updates; None where nothing is sent or too few came."""
+        stage, config = self.stage, self.stage.config
+        if not stage.method.sends:
+            return None
+        if len(counted) < config.federation.min_clients:
+            reason = f"{len(counted)} good updates, federation.min_clients is "
+            reason += str(config.federation.min_clients)
+            self.journal.write("thin", self.number, "", reason=reason)
+            return None
+        seed = derive_seed(config.seed, self.number, "fresh")
+        base = self.before.state(SERVER, BASE) if self.before.has(SERVER, BASE) else {}
+        return stage.method.combine(
+            Round(
+                self.number,
+                counted,
+                {member.id: member.examples for member in stage.known},
+                stage.alpha,
+                config.lora.rank,
+                config.lora.client_ranks,
+                config.federation.aggregate,
+                config.federation.trim,
+                dict(base),
+                lambda client: select(stage.fresh(client, seed), INDIVIDUAL),
+            )
+        )
+
+    def _install(self, combined: Combined | None) -> None:
+        """Write every client's state after the round, and the server's."""
+        method = self.stage.method
+        for member in self.stage.known:
+            client = member.id
+            trained = client in self.finished
+            own = self.draft.state(TRAINED, client) if trained else self.before.next(client)
+            received = dict(combined.install(client)) if combined else {}
+            installed = {**own.read(), **received}
+            if method.keeps_local:
+                self.draft.put(NEXT, client, installed)
+                self.draft.put(
+                    CLIENTS, client, (own if trained else self.before.used(client)).read()
+                )
+            else:
+                self.draft.put(CLIENTS, client, installed)
+            if method.counts_absent:
+                self._keep_counted(client, installed)
+            if method.keeps_optimizer and not trained:
+                has = self.before.has(OPTIMIZER, client)
+                before = self.before.state(OPTIMIZER, client) if has else {}
+                self.draft.put(OPTIMIZER, client, before)
+            if trained and method.sends:
+                self.journal.write(
+                    "traffic",
+                    self.number,
+                    client,
+                    sent=_bytes(self.updates.get(client, {})),
+                    received=_bytes(received) + (combined.extra_bytes if combined else 0),
+                )
+        if combined:
+            self.draft.put(SERVER, NEWCOMER, dict(combined.install("")))
+            if combined.base:
+                self.draft.put(SERVER, BASE, combined.base)
+        else:
+            for name in (NEWCOMER, BASE):
+                if self.before.has(SERVER, name):
+                    self.draft.put(SERVER, name, self.before.state(SERVER, name))
+
+    def _keep_counted(self, client: str, state: Mapping[str, Tensor]) -> None:
+        """Store what counts of a client until its next update, if its own state is not that.
+
+        It is not where the update was clipped, or where a mean was installed in its place.
+        """
+        if client in self.updates or client in self.before.record["sent"]:
+            counts = self.updates.get(client, self._last_counted(client))
+            if any(not torch.equal(state[name], tensor) for name, tensor in counts.items()):
+                self.draft.put(COUNTED, client, counts)
+
+
+def hand_in(state: State, parts: tuple[str, ...], client: str) -> State:
+    """All that leaves a client: the parts of its state that its method sends."""
+    return select(state, *parts)
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in dict(state).values())

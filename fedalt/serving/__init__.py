@@ -1,0 +1,6 @@
+"""A finished run's clients taken out and used: loaded, scored afresh, exported."""
+
+from fedalt.serving.clients import evaluate_run, load_client
+from fedalt.serving.export import export_client, load_export
+
+__all__ = ["evaluate_run", "export_client", "load_client", "load_export"]

@@ -1,0 +1,18 @@
+"""One client's round: its loss, its steps, as much of a batch at a time as fits."""
+
+from fedalt.training.activations import check_recomputes
+from fedalt.training.client import count_steps, train_client
+from fedalt.training.loss import answer_loss, class_loss, token_losses
+from fedalt.training.micro import out_of_memory
+from fedalt.training.optimizers import check_optimizer
+
+__all__ = [
+    "answer_loss",
+    "check_optimizer",
+    "check_recomputes",
+    "class_loss",
+    "count_steps",
+    "out_of_memory",
+    "token_losses",
+    "train_client",
+]

@@ -1,0 +1,68 @@
+"""A run that was made when all of ``fedalt`` was one folder of modules is read, resumed and told.
+
+``before_rooms/`` was made at 06f6fdc by ``fedalt run --data data -c rounds=2 -c threads=1 -c
+train.max_steps=1 -c train.batch_size=2 -c lora.rank=1 -c 'lora.target_modules=[q_proj]' -c
+evaluate.max_new_tokens=2 --out run``.
+"""
+
+import importlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedalt
+from fedalt.report import read_results
+from fedalt.serving import evaluate_run, export_client
+from fedalt.store.checkpoint import load_latest
+from tests.run.test_run import used
+
+OLD = Path(__file__).with_name("before_rooms")
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    """The run's own copy, where its relative paths hold."""
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return Path("run")
+
+
+def test_its_clients_are_loaded_scored_and_exported(old):
+    model, _ = fedalt.load_client(old, "ann")
+    state = used(load_latest(old))["ann"]
+    own = dict(model.named_parameters())
+    for name, tensor in state.items():
+        assert torch.equal(own[name], tensor), name
+    stored = json.loads((old / "results.json").read_text("utf-8"))["clients"]["ann"]["last"]
+    assert f"{stored['loss']:.3f}" in evaluate_run(old, "ann")
+    assert export_client(old, "bob", "out").is_dir()
+
+
+def test_its_last_round_is_made_again(old):
+    whole, events = load_latest(old), (old / "metrics.jsonl").read_text("utf-8")
+    made = used(whole)
+    shutil.rmtree(whole.path)
+    config = replace(fedalt.load_config(old / "config.yaml"), out=str(old))
+    fedalt.Federation(config).run(resume=True)
+    for client, state in used(load_latest(old)).items():
+        for name, tensor in state.items():  # another processor may round otherwise
+            torch.testing.assert_close(tensor, made[client][name], rtol=1e-4, atol=1e-5)
+    again = (old / "metrics.jsonl").read_text("utf-8")
+    assert [line.split(",")[:3] for line in again.splitlines()] == [
+        line.split(",")[:3] for line in events.splitlines()
+    ]
+
+
+def test_its_report_is_told_again(old):
+    stored = json.loads((old / "results.json").read_text("utf-8"))
+    again = read_results(old)
+    for client, scores in stored["clients"].items():
+        assert again["clients"][client]["last"] == scores["last"]
+
+
+def test_exports_name_where_loading_was_then():
+    assert importlib.import_module("fedalt.export").load_export is fedalt.load_export
