@@ -15,6 +15,7 @@ from fedalt.data import load_clients
 from fedalt.data.images import pixels
 from fedalt.errors import InputError
 from fedalt.model import states
+from fedalt.run.federation import Result
 from fedalt.serving.clients import evaluate_run
 from fedalt.serving.export import export_client, load_export
 from fedalt.store.checkpoint import load_checkpoint, load_latest
@@ -25,7 +26,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = ("rounds=1", "threads=1", "train.epochs=1", "model.device=cpu", "evaluate.max_new_tokens=3")
 
 
-def run(name: str, tmp_path: Path, *overrides: str, out: str = "run") -> fedalt.run.Result:
+def run(name: str, tmp_path: Path, *overrides: str, out: str = "run") -> Result:
     settings = (f"out={tmp_path / out}", *SHORT, *overrides)
     return fedalt.Federation(load_config(CONFIGS / f"{name}.yaml", settings)).run()
 
