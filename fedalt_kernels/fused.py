@@ -127,7 +127,7 @@ def forward(
 def _with_strip(
     x: Tensor, weight: Tensor, bias: Tensor | None, strip: Strip, ranks: Ranks, schedule: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    base = x @ weight.t() if schedule == "expand" else None  # [M, K] [K, N]
+    base = _near(x) @ weight.t() if schedule == "expand" else None  # [M, K] [K, N]
     y = contract_with_strip(x, weight, strip.gated, strip.up, ranks, bias=bias, base=base)
     return y, strip.low, strip.gates
 
@@ -252,6 +252,11 @@ def _rows_backward(
                 mine = rows[ranks.edges[e] - span[0] : ranks.edges[e + 1] - span[0]]
                 grads.append(mine.to(branches.downs[e].dtype))
     return grads, shares
+
+
+def _near(x: Tensor) -> Tensor:
+    """x [M, K] with rows so near one another that cuBLAS, which counts in 32 bits, reaches all."""
+    return x.contiguous() if x.stride(0) * x.element_size() >= 2**31 else x
 
 
 def _span(ranks: Ranks, needs: Sequence[bool]) -> tuple[int, int] | None:

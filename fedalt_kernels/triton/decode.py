@@ -224,7 +224,12 @@ def _decode(
                 b_weight = load_factor(
                     weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, OUT_MAJOR, False
                 )
-            acc = dot(b_x, b_weight, acc, PRECISION)  # [m, k] [k, n]
+            if x.dtype.element_ty == tl.float32:
+                # Tile by tile, as cuBLAS sums: a single run over K would lose three times as much.
+                zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                acc += dot(b_x, b_weight, zero, PRECISION)  # [m, k] [k, n]
+            else:
+                acc = dot(b_x, b_weight, acc, PRECISION)
         if QUANTIZED and len(BLOCKS) == 0:
             b_scale = tl.load(statistics[0] + o_n, mask=o_n < N, other=0.0)
             acc *= (b_scale / divisor)[None, :]
