@@ -164,7 +164,7 @@ def test_fedit_is_plain_fedavg(config, monkeypatch, tmp_path):
         return states.adapter_state(model)
 
     monkeypatch.setattr(stage, "load_model", in_double)
-    monkeypatch.setattr(states, "fresh_state", same_start)
+    monkeypatch.setattr(stage, "fresh_state", same_start)
     double = last(replace(config, out=str(tmp_path / "double")))
 
     truth = flat(PlainFedAvg(config, torch.float64).run(first), first)
