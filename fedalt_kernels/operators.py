@@ -48,7 +48,7 @@ def _run_forward(
     impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     branches, base = Branches(*rest[:_COUNT]), _base(weight, rest[_COUNT:])
-    y, low, gates = _module(impl).forward(x, base, bias, branches)
+    y, low, gates, *_ = _module(impl).forward(x, base, bias, branches)
     return y, low, x.new_empty(0) if gates is None else gates
 
 
