@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import merged, operators
+from . import operators
 from .adapter import Adapter, Branches, Factors, rows_of
 from .quantized import QuantizedWeight
 
@@ -116,11 +116,8 @@ def _implementation(impl: str) -> tuple[Any, Any]:
     """Forward and backward of "torch" or "triton", as operators where torch.compile is tracing."""
     if torch.compiler.is_compiling():
         return operators.OPERATORS[impl]
-    if impl == "torch":
-        return merged.forward, merged.backward
-    from . import fused  # only here, since it needs Triton
-
-    return fused.forward, fused.backward
+    module = operators.module(impl)
+    return module.forward, module.backward
 
 
 def mixed_lora(
@@ -141,21 +138,12 @@ def mixed_lora(
             included.
     """
     learned = mixer if isinstance(mixer, Tensor) else None
-    packed: tuple[Tensor, ...] = ()
-    base: Tensor | None = None
-    if isinstance(weight, Tensor):
-        base = weight
-    else:
-        packed = weight.tensors
-    return MixedLoRA.apply(
-        x,
-        base,
-        bias,
-        learned,
-        seed,
-        constants,
-        strip,
-        *[a for a, _ in adapters],
-        *[b for _, b in adapters],
-        *packed,
-    )
+    factors = [a for a, _ in adapters] + [b for _, b in adapters]
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        forward, _ = _implementation(constants[0])
+        branches = _branches(learned, seed, constants, factors)
+        made = () if strip is None else (strip,)
+        y, *_ = forward(rows_of(x), weight, bias, branches, *made)
+        return y.view(*x.shape[:-1], weight.shape[0])
+    base, packed = (weight, ()) if isinstance(weight, Tensor) else (None, weight.tensors)
+    return MixedLoRA.apply(x, base, bias, learned, seed, constants, strip, *factors, *packed)

@@ -89,17 +89,20 @@ def plan_backward(
         low: Tensor,
         gates: Tensor | None,
         branches: Branches,
-        down: Tensor | None,
-        up: Tensor | None,
+        down: Any,
+        up: Any,
     ) -> list[Tensor]:
         grads: list[Tensor] = []
-        dlow = dlogits = dup = words = rows = flat = None
-        weight = matrix(base, x.dtype) if needs_x else None
-        mixer = None if branches.mixer is None else branches.mixer.contiguous()
+        dlow: Any = None
+        dlogits = dup = words = None
+        rows: Any = None
+        flat: Any = None
+        weight: Any = matrix(base, x.dtype) if needs_x else None
+        mixer: Any = None if branches.mixer is None else branches.mixer.contiguous()
         if pack and up is None:
             down, _, up = pack(x, (branches,)).of(0)
         if mask:
-            words = mask(branches.seed)
+            words = mask(branches.seed)  # type: ignore[arg-type]
         if overlap:
             dx, dlow, dlogits, dup = overlap(dy, weight, down, up, mixer, low, gates)
             grads.append(dx)
@@ -114,17 +117,19 @@ def plan_backward(
         if reduce_up:
             _, flat = reduce_up(dy, low, gates)
         if needs_mixer:
-            mine = rows[downs.width : downs.width + count]
+            mine = rows[below : below + count]
             grads.append(mine.to(mixer.dtype))
         for e in wanted_downs:
-            mine = rows[edges[e] - downs.first : edges[e + 1] - downs.first]
+            mine = rows[edges[e] - first_down : edges[e + 1] - first_down]
             grads.append(mine.to(branches.downs[e].dtype))
         for e in wanted_ups:
-            mine = flat[n * (edges[e] - ups.first) : n * (edges[e + 1] - ups.first)]
+            mine = flat[n * (edges[e] - first_up) : n * (edges[e + 1] - first_up)]
             grads.append(mine.view(n, -1).to(branches.ups[e].dtype))
         return grads
 
     edges, n = ranks.edges, dy.shape[1]
+    first_down, below, _ = downs or Span(0, 0, 0)
+    first_up = ups.first if ups else 0
     wanted_downs = [e for e, need in enumerate(needs_downs) if need]
     wanted_ups = [e for e, need in enumerate(needs_ups) if need]
     return run

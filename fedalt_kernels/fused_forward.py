@@ -84,7 +84,7 @@ def plan_forward(
     def run(
         x: Tensor, weight: Any, bias: Tensor | None, branches: Branches, strip: Strip | None
     ) -> Forward:
-        (made,) = project(x, (branches,)) if project else (strip,)
+        made: Any = project(x, (branches,))[0] if project else strip
         weight = matrix(weight, x.dtype)
         base = _near(x) @ weight.t() if expand else None  # [M, K] [K, N]
         y = contract(x, weight, made.gated, made.up, bias=_tidy(bias), base=base)
@@ -109,7 +109,8 @@ def _plan_decode(
     def run(x: Tensor, weight: Any, bias: Tensor | None, branches: Branches, strip: Any) -> Forward:
         statistics = None
         if as_stored:
-            weight, statistics, *_ = octets(weight)
+            stored: Any = octets(weight)
+            weight, statistics = stored.data, stored.statistics
         else:
             weight = matrix(weight, x.dtype)
         return Forward(*decode(x, weight, _tidy(bias), branches, statistics))

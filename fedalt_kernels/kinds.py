@@ -1,6 +1,6 @@
 """What is settled once for every kind of call: whether its arguments fit, and what serves it."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,26 +45,27 @@ def find(
     if torch.compiler.is_compiling():  # which traces the checks once, and keeps guards of its own
         return _settle(x, weight, bias, adapters, mixer, settings)
     try:
-        key = (_of_input(x), _of_base(weight), bias is not None and _of(bias), settings)
-        key += (mixer if mixer is None or type(mixer) is tuple else _of(mixer),)
-        key += tuple([(type(pair), *_of(pair[0]), *_of(pair[1])) for pair in adapters])
+        gates = _of(mixer) if isinstance(mixer, Tensor) else mixer
+        pairs = [(type(pair), *_of(pair[0]), *_of(pair[1])) for pair in adapters]
+        bound = None if bias is None else _of(bias)
+        key = _of_input(x), _of_base(weight), bound, gates, settings, *pairs
         found = _kinds.get(key)
     except (AttributeError, IndexError, TypeError):  # one of them is not what it should be
         return _settle(x, weight, bias, adapters, mixer, settings)
     return found or _kinds.made(key, lambda: _settle(x, weight, bias, adapters, mixer, settings))
 
 
-def _of(tensor: Tensor) -> tuple[Hashable, ...]:
+def _of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _of_input(x: Tensor) -> Hashable:
+def _of_input(x: Tensor) -> tuple[Any, ...]:
     device = x.device
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return x.shape[-1], x.dtype, device, x.numel() == 0, autocast
 
 
-def _of_base(weight: Tensor | QuantizedWeight) -> Hashable:
+def _of_base(weight: Tensor | QuantizedWeight) -> tuple[Any, ...]:
     if isinstance(weight, Tensor):
         return *_of(weight), weight.stride()
     tensors = [(*_of(tensor), tensor.is_contiguous()) for tensor in weight.tensors]

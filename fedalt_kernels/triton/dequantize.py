@@ -91,28 +91,30 @@ def _dequantizing(
     device: torch.device,
 ) -> Launch:
     """The launch for a kind of weight; of `kinds` and the device its compiled code depends."""
-    (n, k), common = shape, {"warps": WARPS, "PRECISION": precision(dtype)}
+    n, k = shape
     if blocks:
         groups = max(1, ELEMENTS // blocks[0])
         return Launch(
             _from_blocks,
             (triton.cdiv(n * k, groups * blocks[0]),),
             ("source", "statistics", "target"),
-            **common,
+            warps=WARPS,
             N=n,
             K=k,
             BLOCKS=blocks,
             GROUPS=groups,
+            PRECISION=precision(dtype),
         )
     width = ELEMENTS // ROWS
     return Launch(
         _from_rows,
         (triton.cdiv(n, ROWS) * triton.cdiv(k, width),),
         ("source", "scale", "target"),
-        **common,
+        warps=WARPS,
         divisor=divisor,
         N=n,
         K=k,
         BLOCK_N=ROWS,
         BLOCK_K=width,
+        PRECISION=precision(dtype),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -104,7 +105,7 @@ def packing(
     ]
 
     def run(x: Tensor, layers: Sequence[Branches]) -> Packed:
-        parts = x.new_empty(total).split(sizes)
+        parts = torch.split_with_sizes(x.new_empty(total), sizes)
         downs, routers, ups = parts[:count], parts[count:-count] or (None,) * count, parts[-count:]
         for i, branches in enumerate(layers):
             mixer = None if branches.mixer is None else branches.mixer.contiguous()
