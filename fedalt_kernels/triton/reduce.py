@@ -24,7 +24,7 @@ from .primitives import (
 )
 from .strips import load_gated
 from .sums import store_share, store_sum, sum_shares, sum_ups
-from .tiles import PUBLISHES, Ranks, Span, architecture, boxed, precision, tile_for
+from .tiles import Ranks, Span, boxed, precision, publishes, tile_for
 from .workspace import counters
 
 MOST_SHARES = 8
@@ -306,8 +306,7 @@ def reducing(
     (m, c), (first, width, last) = source.shape, span
     block_r = min(width, ranks.block)
     tile, tma = tile_for("reduce", ranks, source, dropout=dropout)
-    ordered = architecture(source.device) in PUBLISHES
-    count = min(MOST_SHARES if ordered else 1, triton.cdiv(m, tile.m))
+    count = min(MOST_SHARES if publishes(source.device) else 1, triton.cdiv(m, tile.m))
     chunk = triton.cdiv(triton.cdiv(m, count), tile.m) * tile.m
     count = triton.cdiv(m, chunk)  # no share is empty
     rows = width + (gated and not makes_up) * GATES.value

@@ -174,6 +174,11 @@ def architecture(device: torch.device) -> str:
     return name if name in TABLE else "generic"
 
 
+def publishes(device: torch.device) -> bool:
+    """Whether programs of one launch can order what they write and read among themselves."""
+    return architecture(device) in PUBLISHES
+
+
 def programs(device: torch.device) -> int:
     """How many programs a persistent launch has: one a multiprocessor."""
     if device.type == "cpu":
@@ -307,9 +312,8 @@ def unserved(
     schedule: str, x: Tensor, ranks: Ranks, dropout: bool, *, backward: bool = False
 ) -> str | None:
     """Why a schedule cannot serve these arguments; None if it can."""
-    arch = architecture(x.device)
-    if schedule in ("decode", "overlapped") and arch not in PUBLISHES:
-        return f"programs cannot wait for one another on {arch}"
+    if schedule in ("decode", "overlapped") and not publishes(x.device):
+        return f"programs cannot wait for one another on {architecture(x.device)}"
     if schedule == "decode" and x.shape[0] > DECODE_ROWS:
         return f"it serves up to {DECODE_ROWS} rows, got {x.shape[0]}"
     if schedule in ("decode", "recompute") and backward:
