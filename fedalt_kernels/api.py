@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .autograd import mixed_lora
-from .checks import check_arguments, check_tensors
-from .choice import implementation
-from .dropout import draw_seed, drop_threshold, keep_scale
+from .checks import check_seed, check_tensors
+from .dropout import draw_seed
+from .kinds import find
 from .quantized import QuantizedWeight
 from .reference import reference
 
@@ -69,13 +69,14 @@ def mixed_lora_linear(
         RuntimeError: ``impl`` cannot run here, or ``schedule`` cannot serve these arguments.
     """
     check_tensors(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
-    check_arguments(x, weight, bias, adapters, mixer, scaling, dropout_p, seed, impl, schedule)
-    threshold = drop_threshold(dropout_p)
-    if not threshold:
+    if seed is not None:
+        check_seed(seed)
+    settings = scaling, dropout_p, impl, schedule
+    plan = find(x, weight, bias, adapters, mixer, settings)
+    if plan.dtype is not None:
+        x, bias = x.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
+        weight = weight.to(plan.dtype) if isinstance(weight, Tensor) else weight
+    if not plan.threshold:
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
@@ -83,15 +84,10 @@ def mixed_lora_linear(
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
     else:
         seed = seed.to(x.device)
-    impl = implementation(impl, x, weight)
-    if impl == "reference":
+    if plan.impl == "reference":
         if isinstance(weight, QuantizedWeight):
             weight = weight.dequantize(x.dtype)
         return reference(
             x, weight, bias, adapters, mixer, scaling=scaling, dropout_p=dropout_p, seed=seed
         )
-    if threshold:
-        scaling *= keep_scale(threshold)
-    return mixed_lora(
-        x, weight, bias, adapters, mixer, scaling, threshold, seed, impl, schedule, strip
-    )
+    return mixed_lora(x, weight, bias, adapters, mixer, seed, plan.constants, strip)

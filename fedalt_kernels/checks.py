@@ -1,7 +1,6 @@
 """What `mixed_lora_linear` accepts; every refusal names the argument, what came, what is wanted.
 
-The checks run at every call of every layer, so they only read attributes, and build a message
-only to raise it.
+The checks run once for every kind of call (`kinds.find`), but for those of values.
 """
 
 import math
@@ -40,7 +39,6 @@ def check_arguments(
     mixer: Tensor | tuple[float, ...] | None,
     scaling: float,
     dropout_p: float,
-    seed: Tensor | int | None,
     impl: str,
     schedule: str | None,
 ) -> None:
@@ -91,8 +89,6 @@ def check_arguments(
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is not None:
-        _check_seed(seed)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if schedule is not None and (impl != "triton" or schedule not in SCHEDULES):
@@ -157,7 +153,8 @@ def _check_trained(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.
         raise ValueError(f"{name} must be on x's device {device}, got {tensor.device}")
 
 
-def _check_seed(seed: Tensor | int) -> None:
+def check_seed(seed: Tensor | int) -> None:
+    """Raises TypeError or ValueError for what is no seed."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise ValueError(

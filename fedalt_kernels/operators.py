@@ -1,7 +1,7 @@
 """Both implementations as operators, which torch.compile calls without looking inside."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ _COUNT = len(Branches._fields)
 _NAMES = {"torch": "merged", "triton": "fused"}
 
 
-def _module(impl: str) -> Any:
+@cache
+def module(impl: str) -> Any:
+    """The implementation of "torch" or "triton"."""
     if impl == "torch":
         return merged
     from . import fused  # only here, since it needs Triton
@@ -48,7 +50,7 @@ def _run_forward(
     impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     branches, base = Branches(*rest[:_COUNT]), _base(weight, rest[_COUNT:])
-    y, low, gates = _module(impl).forward(x, base, bias, branches)
+    y, low, gates, *_ = module(impl).forward(x, base, bias, branches)
     return y, low, x.new_empty(0) if gates is None else gates
 
 
@@ -57,7 +59,7 @@ def _run_backward(
 ) -> list[Tensor]:
     mixed, needs, *packed = Branches(*rest[:_COUNT]), *rest[_COUNT:]
     held = None if mixed.mixer is None else gates
-    grads = _module(impl).backward(dy, x, _base(weight, packed), low, held, mixed, needs)
+    grads = module(impl).backward(dy, x, _base(weight, packed), low, held, mixed, needs)
     # An operator's outputs must not share storage; gradients cut from one product do.
     return [
         grad if i == 0 and needs[0] else grad.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,99 @@
+"""What is settled once for every kind of call: whether its arguments fit, and what serves it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .checks import check_arguments
+from .choice import implementation
+from .dropout import drop_threshold, keep_scale
+from .plans import Plans
+from .quantized import QuantizedWeight
+
+
+class Kind(NamedTuple):
+    """How a call is served."""
+
+    dtype: torch.dtype | None  # of autocast, to which x, weight and bias go first
+    impl: str  # "torch", "triton" or "reference"
+    threshold: int  # see `dropout.drop_threshold`
+    constants: tuple[Any, ...]  # of `autograd.MixedLoRA`
+
+
+_kinds: Plans[Kind] = Plans()
+
+
+def find(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    mixer: Tensor | tuple[float, ...] | None,
+    settings: tuple[float, float, str, str | None],
+) -> Kind:
+    """The kind of a call, checked when it is first seen.
+
+    Args:
+        settings: scaling, dropout_p, impl and schedule; all as in `mixed_lora_linear`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `check_arguments` and `implementation`.
+    """
+    if torch.compiler.is_compiling():  # which traces the checks once, and keeps guards of its own
+        return _settle(x, weight, bias, adapters, mixer, settings)
+    try:
+        gates = _of(mixer) if isinstance(mixer, Tensor) else mixer
+        pairs = [(type(pair), *_of(pair[0]), *_of(pair[1])) for pair in adapters]
+        bound = None if bias is None else _of(bias)
+        key = _of_input(x), _of_base(weight), bound, gates, settings, *pairs
+        found = _kinds.get(key)
+    except (AttributeError, IndexError, TypeError):  # one of them is not what it should be
+        return _settle(x, weight, bias, adapters, mixer, settings)
+    return found or _kinds.made(key, lambda: _settle(x, weight, bias, adapters, mixer, settings))
+
+
+def _of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _of_input(x: Tensor) -> tuple[Any, ...]:
+    device = x.device
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return x.shape[-1], x.dtype, device, x.numel() == 0, autocast
+
+
+def _of_base(weight: Tensor | QuantizedWeight) -> tuple[Any, ...]:
+    if isinstance(weight, Tensor):
+        return *_of(weight), weight.stride()
+    tensors = [(*_of(tensor), tensor.is_contiguous()) for tensor in weight.tensors]
+    return weight.kind, weight.shape, weight.blocks, *tensors
+
+
+def _settle(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    mixer: Tensor | tuple[float, ...] | None,
+    settings: tuple[float, float, str, str | None],
+) -> Kind:
+    dtype = None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+    scaling, dropout_p, impl, schedule = settings
+    check_arguments(x, weight, bias, adapters, mixer, scaling, dropout_p, impl, schedule)
+    threshold = drop_threshold(dropout_p)
+    impl = implementation(impl, x, weight)
+    if threshold:
+        scaling *= keep_scale(threshold)
+    weights = None if isinstance(mixer, Tensor) else mixer
+    layout = None
+    if isinstance(weight, QuantizedWeight):
+        layout = weight.kind, weight.shape, weight.blocks
+    constants = impl, len(adapters), weights, scaling, threshold, schedule, layout
+    return Kind(dtype, impl, threshold, constants)
