@@ -34,11 +34,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import merged, operators
 from .adapter import Adapter, Branches, Factors, rows_of
+from .choice import plain
+from .dropout import keep_scale
 from .quantized import QuantizedWeight
+from .reference import reference
 
 
 class MixedLoRA(torch.autograd.Function):
@@ -66,8 +68,9 @@ class MixedLoRA(torch.autograd.Function):
         return y.view(*x.shape[:-1], base.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and _is_transformed(dy):
+            return _backward_of_reference(ctx, dy)
         x, weight, low, gates, mixer, seed, *tensors = ctx.saved_tensors
         branches = _branches(mixer, seed, ctx.constants, tensors)
         base = _base(weight, ctx.constants, tensors)
@@ -83,6 +86,36 @@ class MixedLoRA(torch.autograd.Function):
             dx = dx.view(x.shape)
         packed = [None] * (len(asked) - end)
         return dx, None, None, dmixer, None, None, None, *dfactors, *packed
+
+
+def _is_transformed(dy: Tensor) -> bool:
+    """Whether a backward is itself differentiated, or batched as by ``is_grads_batched``."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)
+    return torch.is_grad_enabled() or batched or plain(dy)
+
+
+def _backward_of_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward as PyTorch's own operations, to be differentiated again or batched by vmap."""
+    x, weight, _, _, mixer, seed, *tensors = ctx.saved_tensors
+    downs, ups, _, weights, scaling, threshold, *_ = _branches(mixer, seed, ctx.constants, tensors)
+    base = _base(weight, ctx.constants, tensors)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        y = reference(
+            x,
+            base if isinstance(base, Tensor) else base.dequantize(x.dtype),
+            None,
+            [Adapter(a, b) for a, b in zip(downs, ups, strict=True)],
+            weights if mixer is None else mixer,
+            scaling=scaling / keep_scale(threshold),
+            dropout_p=threshold / 256,
+            seed=seed,
+        )
+    inputs = (x, None, None, mixer, None, None, None, *tensors)
+    asked = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    wanted = [inputs[i] for i in asked]
+    found = torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled())
+    grads = dict(zip(asked, found, strict=True))
+    return tuple(grads.get(i) for i in range(len(inputs)))
 
 
 def _branches(
