@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedalt.config import BUILTIN_BASE, BUILTIN_VIT, ModelConfig
 from fedalt.errors import InputError, InputWarning, first_line
 from fedalt.model.logits import mark_chunkable
 from fedalt.model.quantized import finish_loading, is_quantized, loading_options
-from fedalt.model.targets import find_targets, in_short, is_all_linear, left_out
+from fedalt.model.targets import find_targets, is_all_linear, left_out
 from fedalt_kernels import MixedLoRALinear
 
 # Names under which layers of one module read the same input, in the order in which they are called.
@@ -112,6 +113,8 @@ def inject(
     """
     _refuse_adapted(model)
     targets = find_targets(model, target_modules, output_head(model), modules_to_save)
+    model.requires_grad_(False)
+    _train_whole(model, modules_to_save)
     everything = is_all_linear(target_modules)
     layers: dict[nn.Module, MixedLoRALinear] = {}
     unfit = []
@@ -124,11 +127,10 @@ def inject(
             if not everything:
                 raise InputError(f"lora.target_modules: {name}: {error}") from None
             unfit.append(name)
-    if not layers:
-        raise InputError(f"lora.target_modules: no adapter fits {in_short(unfit)}")
     if everything and (told := left_out(model, unfit)):
         warnings.warn(told, InputWarning, stacklevel=2)
-    model.requires_grad_(False)
+    if not layers:
+        raise InputError("lora.target_modules: the model has no linear layer that takes adapters")
     generator = torch.Generator().manual_seed(seed)
     for base, layer in layers.items():
         layer.reset_parameters(generator)
@@ -139,7 +141,6 @@ def inject(
     adapted = [targets[base][0] for base in layers]
     _rename_ties(model, adapted)
     _call_encoders(model)
-    _train_whole(model, modules_to_save)
     _try_out(layer)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in adapted):
         _share_inputs(model.get_submodule(parent))
@@ -211,13 +212,20 @@ def _train_whole(model: nn.Module, names: Sequence[str]) -> None:
             raise InputError(
                 f"lora.modules_to_save: {name!r} is tied to another module; leave it out"
             )
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
+        narrow = [p.dtype for p in module.parameters() if p.dtype.itemsize < 4]
+        if narrow and isinstance(module, nn.Embedding):
+            module.float().register_forward_hook(partial(_narrow, narrow[0]))
+        elif narrow:
             module.float().register_forward_pre_hook(_widen)
     model.fedalt_heads = tuple(names)  # type: ignore[assignment]
 
 
 def _widen(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return arguments[0].float(), *arguments[1:]
+
+
+def _narrow(dtype: torch.dtype, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 def _share_inputs(module: nn.Module) -> None:

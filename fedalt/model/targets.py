@@ -33,7 +33,7 @@ def find_targets(
         saved: names of modules that are trained whole.
 
     Raises:
-        InputError: a name or the pattern fits no linear layer, or there is none.
+        InputError: a name or the pattern fits no linear layer.
     """
     linear: Targets = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -45,8 +45,6 @@ def find_targets(
     for module, names in list(targets.items()):
         if any(f"{name}.".startswith(f"{each}.") for name in names for each in saved):
             del targets[module]
-    if not targets:
-        raise InputError(f"{_FIELD}: {type(model).__name__} has no linear layer left to adapt")
     return targets
 
 
@@ -113,19 +111,24 @@ def left_out(model: nn.Module, unfit: Collection[str]) -> str:
 
     Stacks of matrices, as experts are kept, and the weights of PyTorch's attention and recurrent
     layers take no adapter, nor do the linear layers ``unfit``. Other than of convolutions,
-    embeddings and output heads, nobody would expect it.
+    embeddings and output heads, nobody would expect it; what is trained whole is not left out.
+
+    Args:
+        model: frozen, but for what is trained whole, and without adapters.
+        unfit: names of linear layers.
     """
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in sizes)
-        fused = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
         if inside or isinstance(module, _ConvNd):
             continue
-        stacks = [p for p in module.parameters(False) if sum(n > 1 for n in p.shape) > 2]
-        if fused or name in unfit:
-            sizes[name] = sum(p.numel() for p in module.parameters())
-        elif stacks:
-            sizes[name] = sum(p.numel() for p in stacks)
+        if name in unfit or isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            weights = list(module.parameters())
+        else:
+            weights = [p for p in module.parameters(False) if sum(n > 1 for n in p.shape) > 2]
+        size = sum(p.numel() for p in weights if not p.requires_grad)
+        if size:
+            sizes[name] = size
     if not sizes:
         return ""
     share = sum(sizes.values()) / sum(p.numel() for p in model.parameters())
