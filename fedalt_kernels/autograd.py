@@ -97,7 +97,8 @@ def _is_transformed(dy: Tensor) -> bool:
 def _backward_of_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch's own operations, to be differentiated again or batched by vmap."""
     x, weight, _, _, mixer, seed, *tensors = ctx.saved_tensors
-    downs, ups, _, weights, scaling, threshold, *_ = _branches(mixer, seed, ctx.constants, tensors)
+    _, count, weights, scaling, threshold, *_ = ctx.constants
+    downs, ups = tensors[:count], tensors[count : 2 * count]
     base = _base(weight, ctx.constants, tensors)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y = reference(

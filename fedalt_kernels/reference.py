@@ -51,7 +51,7 @@ def reference(
     threshold = drop_threshold(dropout_p)
     if threshold and seed is None:
         dropped = torch.nn.functional.dropout(x, threshold / 256)
-    elif threshold:
+    elif threshold and seed is not None:
         columns = x.shape[-1]
         keep = keep_mask(int(seed), x.shape[:-1].numel(), columns, threshold)
         dropped = torch.where(keep.to(x.device).view(x.shape), x, 0) * keep_scale(threshold)

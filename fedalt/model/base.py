@@ -111,7 +111,7 @@ def inject(
             more than ``W x + b`` or whose weight is read past its forward, adapters are in already
             (ours or PEFT's), or ``impl`` cannot run here.
     """
-    _refuse_adapted(model)
+    _refuse_unready(model)
     targets = find_targets(model, target_modules, output_head(model), modules_to_save)
     model.requires_grad_(False)
     _train_whole(model, modules_to_save)
@@ -147,7 +147,7 @@ def inject(
     return model
 
 
-def _refuse_adapted(model: nn.Module) -> None:
+def _refuse_unready(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MixedLoRALinear):
             raise InputError("inject: the model has its adapters already; load a state instead")
@@ -156,6 +156,9 @@ def _refuse_adapted(model: nn.Module) -> None:
                 "inject: the model has adapters of PEFT in it; take them out with its unload() or "
                 "merge_and_unload(), and inject into what that returns"
             )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise InputError(f"inject: {name} has no shape yet; call the model once first")
 
 
 def _rename_ties(model: nn.Module, adapted: Sequence[str]) -> None:
@@ -165,7 +168,9 @@ def _rename_ties(model: nn.Module, adapted: Sequence[str]) -> None:
             ties = getattr(module, attribute, None)
             if isinstance(ties, dict) and ties:
                 inside = [name.removeprefix(f"{prefix}.") for name in adapted]
-                now = {f"{n}.{own}": f"{n}.base.{own}" for n in inside for own in ("weight", "bias")}
+                now = {
+                    f"{n}.{own}": f"{n}.base.{own}" for n in inside for own in ("weight", "bias")
+                }
                 setattr(module, attribute, {now.get(k, k): now.get(v, v) for k, v in ties.items()})
 
 
