@@ -137,7 +137,9 @@ def stores_transposed(base: Any) -> bool:
     if base._forward_hooks or base._forward_pre_hooks:
         raise TypeError("base has forward hooks, which would never run; remove them first")
     own = isinstance(base, nn.Linear) and kind.forward is not nn.Linear.forward
-    if own and kind.__name__ not in PLAIN:
+    own = own and kind.__name__ not in PLAIN
+    # accelerate's forward, which it puts on the layer itself, moves x and computes the same
+    if own or ("forward" in vars(base) and not hasattr(base, "_hf_hook")):
         raise TypeError(
             f"base is a {kind.__name__}, whose forward is its own and may compute more than "
             "x Wᵀ + b; adapt plain nn.Linear layers"

@@ -76,22 +76,26 @@ def test_dropout_under_vmap_goes_by_its_randomness():
 
 
 def test_dropout_without_a_seed_keeps_the_expectation():
-    """Of 4096 means of 64 products that are kept by half, the mean is off by 1/512 at most, with
-    five standard errors to spare."""
-    a = torch.ones(1, 64, dtype=torch.float64)
-    x, weight = (
-        torch.ones(4096, 1, 64, dtype=torch.float64),
-        torch.zeros(1, 64, dtype=torch.float64),
-    )
-    adapters = [Adapter(a / 64, torch.ones(1, 1, dtype=torch.float64))]
+    """The mean of 2^18 numbers, each 0 or 2 by an even chance: five standard errors are allowed."""
+    ones = torch.ones(4096, 1, 64, dtype=torch.float64)
+    adapters = [Adapter(ones[0] / 64, ones[0, :, :1])]
 
     def mean_of(row):
-        return mixed_lora_linear(row, weight, None, adapters, None, scaling=1.0, dropout_p=0.5)
+        base = torch.zeros_like(ones[0])
+        return mixed_lora_linear(row, base, None, adapters, None, scaling=1.0, dropout_p=0.5)
 
     torch.manual_seed(0)
-    got = vmap(mean_of, randomness="different")(x)
-    assert abs(got.mean().item() - 1) < 5 / (64 * 4096) ** 0.5
-    assert got.unique().numel() > 10
+    means = vmap(mean_of, randomness="different")(ones)
+    assert abs(means.mean().item() - 1) < 5 / ones.numel() ** 0.5
+    assert means.unique().numel() > 10
+
+
+def test_layers_that_share_their_input_are_transformed_one_by_one():
+    first, second = layer_of("triton"), layer_of("triton")
+    MixedLoRALinear.share_input([first, second])
+    x = examples()
+    got = vmap(lambda row: first(row) + second(row))(x)
+    torch.testing.assert_close(got, 2 * layer_of()(x))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

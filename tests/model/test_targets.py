@@ -196,6 +196,12 @@ def hooked():
     return layer
 
 
+def replaced():
+    layer = nn.Linear(4, 4)
+    layer.forward = torch.zeros_like
+    return layer
+
+
 def pruned():
     return prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
 
@@ -204,12 +210,13 @@ def pruned():
     ("layer", "told"),
     [
         (lambda: Doubled(4, 4), "1: base is a Doubled, whose forward is its own"),
+        (replaced, "1: base is a Linear, whose forward is its own"),
         (hooked, "1: base has forward hooks, which would never run"),
         (pruned, "1: base.weight is computed at every call"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "computed at every call"),
         (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), "at every call"),
     ],
-    ids=["own forward", "hook", "pruned", "weight norm", "spectral norm"],
+    ids=["own forward", "new forward", "hook", "pruned", "weight norm", "spectral norm"],
 )
 def test_a_layer_that_is_no_plain_product_is_refused_by_name(layer, told):
     with pytest.raises(InputError, match=told):
