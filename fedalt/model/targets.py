@@ -133,6 +133,6 @@ def left_out(model: nn.Module, unfit: Collection[str]) -> str:
         return ""
     share = sum(sizes.values()) / sum(p.numel() for p in model.parameters())
     return (
-        f"{_FIELD}: {ALL_LINEAR} leaves out {100 * share:.2g} % of the parameters, in modules that "
+        f"{_FIELD}: {ALL_LINEAR} leaves out {100 * share:.1f} % of the parameters, in modules that "
         f"take no adapter: {in_short(sizes)}"
     )
