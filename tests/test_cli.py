@@ -134,8 +134,8 @@ def test_what_all_linear_leaves_out_is_told_in_one_line(config_file, tiny_base, 
     told = [line for line in capsys.readouterr().err.splitlines() if "all-linear" in line]
     assert len(told) == 1
     assert re.fullmatch(
-        r"fedalt: lora.target_modules: all-linear leaves out \d\d\.\d % of the parameters, in modules "
-        r"that take no adapter: model\.layers\.\*\.mlp\.experts",
+        r"fedalt: lora.target_modules: all-linear leaves out \d\d\.\d % of the parameters, in "
+        r"modules that take no adapter: model\.layers\.\*\.mlp\.experts",
         told[0],
     )
 
