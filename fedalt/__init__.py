@@ -3,7 +3,7 @@
 import sys
 
 from fedalt.config import Config, load_config
-from fedalt.errors import InputError
+from fedalt.errors import InputError, InputWarning
 from fedalt.methods import rest_of_world
 from fedalt.model import individual_state, inject, load_rest_of_world
 from fedalt.run import Federation
@@ -13,6 +13,7 @@ __all__ = [
     "Config",
     "Federation",
     "InputError",
+    "InputWarning",
     "individual_state",
     "inject",
     "load_client",

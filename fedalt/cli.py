@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
 from fedalt.config import Config, load_config
-from fedalt.errors import InputError, RunFailed
+from fedalt.errors import InputError, InputWarning, RunFailed
 from fedalt.memory import foretell
 from fedalt.report import write_report, write_tensorboard
 from fedalt.run import Federation, compare, join_run
@@ -27,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.cure = "nothing was lost"
     transformers_logging.disable_progress_bar()  # one bar at a time: the run's own
     try:
-        options.command(options)
+        with _warning_in_one_line():
+            options.command(options)
     except InputError as error:
         print(f"fedalt: {error}", file=sys.stderr)
         return 2
@@ -42,6 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedalt: interrupted; {options.cure}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _warning_in_one_line() -> Iterator[None]:
+    """What is left aside of the input is told as errors are, without the line of code."""
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, InputWarning):
+            print(f"fedalt: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class InputWarning(UserWarning):
+    """Something of the input that is left aside, told in one line; the command line prints it."""
+
+
 class RunFailed(RuntimeError):
     """A run could not go on: no client could train, or a process of a comparison failed.
 

@@ -2,8 +2,15 @@
 
 from .api import Adapter, mixed_lora_linear
 from .fp8 import Fp8Linear
-from .layer import MixedLoRALinear
+from .layer import MixedLoRALinear, unused_layers
 from .quantized import QuantizedWeight
 
-__all__ = ["Adapter", "Fp8Linear", "MixedLoRALinear", "QuantizedWeight", "mixed_lora_linear"]
+__all__ = [
+    "Adapter",
+    "Fp8Linear",
+    "MixedLoRALinear",
+    "QuantizedWeight",
+    "mixed_lora_linear",
+    "unused_layers",
+]
 __version__ = "0.1.0"

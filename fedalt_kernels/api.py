@@ -9,6 +9,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .autograd import mixed_lora
 from .checks import check_seed, check_tensors
+from .choice import plain
 from .dropout import draw_seed
 from .kinds import find
 from .quantized import QuantizedWeight
@@ -37,7 +38,9 @@ def mixed_lora_linear(
 
     M tokens (any leading dimensions, also none), K inputs, N outputs, E adapters, r_e their ranks.
     Under ``torch.autocast`` it behaves as ``nn.Linear`` does: it computes in the autocast dtype and
-    returns it.
+    returns it.  It can be differentiated again and again, and transformed by ``torch.func`` (grad,
+    vmap, jvp, hessian): "reference" then serves it, whatever ``impl`` is, and where no seed is
+    given draws its dropout as ``nn.Dropout`` does, by vmap's ``randomness``.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
@@ -76,7 +79,7 @@ def mixed_lora_linear(
     if plan.dtype is not None:
         x, bias = x.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
         weight = weight.to(plan.dtype) if isinstance(weight, Tensor) else weight
-    if not plan.threshold:
+    if not plan.threshold or (seed is None and plain(x)):
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)

@@ -36,11 +36,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import operators
 from .adapter import Adapter, Branches, Factors, rows_of
+from .choice import plain
+from .dropout import keep_scale
 from .quantized import QuantizedWeight
+from .reference import reference
 
 
 class MixedLoRA(torch.autograd.Function):
@@ -68,8 +70,9 @@ class MixedLoRA(torch.autograd.Function):
         return y.view(*x.shape[:-1], base.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and _is_transformed(dy):
+            return _backward_of_reference(ctx, dy)
         x, weight, low, gates, mixer, seed, *rest = ctx.saved_tensors
         asked = ctx.needs_input_grad
         tensors, more = rest[: len(asked) - 7], rest[len(asked) - 7 :]
@@ -92,6 +95,38 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast would change the dtype of some of these products under an in-place sum."""
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def _is_transformed(dy: Tensor) -> bool:
+    """Whether a backward is itself differentiated, or batched as by ``is_grads_batched``."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)
+    return torch.is_grad_enabled() or batched or plain(dy)
+
+
+def _backward_of_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward as PyTorch's own operations, to be differentiated again or batched by vmap."""
+    x, weight, _, _, mixer, seed, *rest = ctx.saved_tensors
+    tensors = rest[: len(ctx.needs_input_grad) - 7]
+    _, count, weights, scaling, threshold, *_ = ctx.constants
+    downs, ups = tensors[:count], tensors[count : 2 * count]
+    base = _base(weight, ctx.constants, tensors)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        y = reference(
+            x,
+            base if isinstance(base, Tensor) else base.dequantize(x.dtype),
+            None,
+            [Adapter(a, b) for a, b in zip(downs, ups, strict=True)],
+            weights if mixer is None else mixer,
+            scaling=scaling / keep_scale(threshold),
+            dropout_p=threshold / 256,
+            seed=seed,
+        )
+    inputs = (x, None, None, mixer, None, None, None, *tensors)
+    asked = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    wanted = [inputs[i] for i in asked]
+    found = torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled())
+    grads = dict(zip(asked, found, strict=True))
+    return tuple(grads.get(i) for i in range(len(inputs)))
 
 
 def _branches(

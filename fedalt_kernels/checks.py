@@ -5,9 +5,11 @@ The checks run once for every kind of call (`kinds.find`), but for those of valu
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .adapter import Adapter
 from .dropout import SEED_LIMIT
@@ -17,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 SCHEDULES = ("decode", "recompute", "overlapped", "split", "expand")
 MOST_ADAPTERS = 8
+PLAIN = ("FalconLinear",)  # of nn.Linear, with another forward that computes the same
 
 
 def check_tensors(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
@@ -96,6 +99,48 @@ def check_arguments(
             f"schedule must be one of {', '.join(SCHEDULES)}, and comes with impl='triton', "
             f"got {schedule!r} with {impl!r}"
         )
+
+
+def stores_transposed(base: Any) -> bool:
+    """Whether a linear layer's weight is stored as [K, N].
+
+    Raises:
+        TypeError: it is of another kind, or computes anything but x Wᵀ + b with a weight of its
+            own: then that is not what a mixed layer in its place would compute.
+    """
+    kind = type(base)
+    conv1d = kind.__name__ == "Conv1D" and hasattr(base, "nf")
+    if not (conv1d or isinstance(base, nn.Linear)):
+        raise TypeError(
+            "base must be an nn.Linear or a Conv1D, a bitsandbytes Linear4bit or Linear8bitLt, "
+            f"or an Fp8Linear, got {kind.__name__}"
+        )
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            "base is the out_proj of an nn.MultiheadAttention, which reads its weight and never "
+            "calls it: an adapter would never run; leave it out, or use an attention that calls it"
+        )
+    weight = base._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            "base.weight is computed at every call (weight norm, pruning or another "
+            "parametrization); make it permanent first, as remove_parametrizations does"
+        )
+    if isinstance(weight, nn.UninitializedParameter):
+        raise TypeError("base.weight has no shape yet; call the model once first")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"base.weight must be floating point, got {weight.dtype}")
+    if base._forward_hooks or base._forward_pre_hooks:
+        raise TypeError("base has forward hooks, which would never run; remove them first")
+    own = isinstance(base, nn.Linear) and kind.forward is not nn.Linear.forward
+    own = own and kind.__name__ not in PLAIN
+    # accelerate's forward, which it puts on the layer itself, moves x and computes the same
+    if own or ("forward" in vars(base) and not hasattr(base, "_hf_hook")):
+        raise TypeError(
+            f"base is a {kind.__name__}, whose forward is its own and may compute more than "
+            "x Wᵀ + b; adapt plain nn.Linear layers"
+        )
+    return conv1d
 
 
 def check_quantized(weight: QuantizedWeight, device: torch.device) -> None:

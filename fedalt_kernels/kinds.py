@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .checks import check_arguments
-from .choice import implementation
+from .choice import implementation, plain
 from .dropout import drop_threshold, keep_scale
 from .plans import Plans
 from .quantized import QuantizedWeight
@@ -42,7 +42,8 @@ def find(
     Raises:
         TypeError, ValueError, RuntimeError: as `check_arguments` and `implementation`.
     """
-    if torch.compiler.is_compiling():  # which traces the checks once, and keeps guards of its own
+    # A compiler traces the checks once, and keeps guards of its own.
+    if torch.compiler.is_compiling() or plain(x):
         return _settle(x, weight, bias, adapters, mixer, settings)
     try:
         gates = _of(mixer) if isinstance(mixer, Tensor) else mixer
@@ -60,9 +61,13 @@ def _of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _of_input(x: Tensor) -> tuple[Any, ...]:
-    device = x.device
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    return x.shape[-1], x.dtype, device, x.numel() == 0, autocast
+    return x.shape[-1], x.dtype, x.device, x.numel() == 0, _autocast_dtype(x.device.type)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on a kind of device; None where it is off or unknown."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _of_base(weight: Tensor | QuantizedWeight) -> tuple[Any, ...]:
@@ -80,9 +85,8 @@ def _settle(
     mixer: Tensor | tuple[float, ...] | None,
     settings: tuple[float, float, str, str | None],
 ) -> Kind:
-    dtype = None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = None if x.dtype == torch.float64 else _autocast_dtype(x.device.type)
+    if dtype is not None:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
     scaling, dropout_p, impl, schedule = settings

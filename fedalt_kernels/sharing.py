@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Branches, rows_of
-from .choice import implementation
+from .choice import implementation, plain
 from .dropout import draw_seed, drop_threshold, keep_scale
 from .plans import Plans
 
@@ -55,7 +55,7 @@ class SharedInput:
         Layers that turn out to read different tensors are released from sharing.
         """
         on_cpu = x.device.type == "cpu" and layer.impl != "triton"
-        if on_cpu or torch.compiler.is_compiling() or x.is_inference():
+        if on_cpu or torch.compiler.is_compiling() or plain(x) or x.is_inference():
             return None
         if self._x is None or self._x() is not x or self._version != x._version:
             if self._waiting:

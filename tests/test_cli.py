@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import fedalt
 from fedalt.cli import main
@@ -93,6 +94,7 @@ def test_bad_data_is_refused_before_anything_is_written(
     [
         (["-c", "lora.rank=0"], "lora.rank must be at least 1, got 0"),
         (["-c", "lora.target_modules=[q_porj]"], "'q_porj'; did you mean q_proj"),
+        (["-c", "lora.target_modules=q_proj"], "a list takes endings: [q_proj]"),
         (["-c", "train.batchsize=1"], "did you mean train.batch_size?"),
         (["-c", "data.clients=[bob, bob]"], "names the client 'bob' twice"),
         (["-c", "method=fedavg"], "no method is named 'fedavg'"),
@@ -110,6 +112,32 @@ def test_bad_settings_are_refused_before_anything_is_written(
     before = tree(tmp_path)
     assert message in refused(["run", config_file, *arguments], capsys)
     assert tree(tmp_path) == before
+
+
+def test_what_all_linear_leaves_out_is_told_in_one_line(config_file, tiny_base, tmp_path, capsys):
+    folder = tmp_path / "mixture"
+    shutil.copytree(tiny_base, folder)
+    MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=259,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    ).save_pretrained(folder)
+    settings = [f"model.path={folder}", "rounds=1", "train.max_steps=1"]
+    words = [word for each in settings for word in ("-c", each)]
+    assert main(["run", str(config_file), *words]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "all-linear" in line]
+    assert len(told) == 1
+    assert re.fullmatch(
+        r"fedalt: lora.target_modules: all-linear leaves out \d\d\.\d % of the parameters, in "
+        r"modules that take no adapter: model\.layers\.\*\.mlp\.experts",
+        told[0],
+    )
 
 
 @pytest.mark.parametrize("command", ["run", "compare"])

@@ -54,8 +54,9 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of linear layers (``q_proj``), as in PEFT; ``all-linear``: all but the output head."""
+    target_modules: str | tuple[str, ...] = ("all-linear",)
+    """Linear layers, as in PEFT: a list of names or their endings (``[q_proj, v_proj]``), or, as
+    text, a regular expression that matches whole names; ``all-linear``: all but the output head."""
     impl: str = "auto"
     """How adapted layers are computed: ``triton``, ``torch``, ``reference``; ``auto`` chooses."""
     modules_to_save: tuple[str, ...] = ()
@@ -69,7 +70,10 @@ class LoraConfig:
         require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
         require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
         require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
-        require(len(self.target_modules) > 0, "lora.target_modules", "a list of names", [])
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            object.__setattr__(self, "target_modules", ("all-linear",))  # one way to say it
+        named = "".join(self.target_modules) != ""
+        require(named, "lora.target_modules", "a list of names or a pattern", self.target_modules)
         require_one_of(("auto", "triton", "torch", "reference"), "lora.impl", self.impl)
         for name, rank in self.client_ranks.items():
             require(rank >= 0, f"lora.client_ranks.{name}", "at least 0", rank)

@@ -94,11 +94,14 @@ def _nearest(key: str, prefix: str) -> str:
 
 
 def _coerce(kind: Any, value: Any, key: str) -> Any:
-    """``value`` as ``kind``; an int may stand for a float, and one word for a list of one."""
+    """``value`` as ``kind``; an int may stand for a float, and one word for a list of one where
+    text is nothing else.
+    """
     if get_origin(kind) in (Union, types.UnionType):
         if value is None:
             return None
-        kind = next(option for option in get_args(kind) if option is not type(None))
+        kinds = [option for option in get_args(kind) if option is not type(None)]
+        kind = next((option for option in kinds if option is type(value)), kinds[-1])
     if get_origin(kind) is dict:
         if not isinstance(value, dict):
             raise InputError(f"{key} must be a mapping, got {value!r}")

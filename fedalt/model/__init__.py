@@ -26,7 +26,9 @@ from fedalt.model.states import (
     renamed,
     select,
     set_trainable,
+    without_gradient,
 )
+from fedalt.model.targets import in_short, kind_of
 from fedalt.model.vision import fit_head, load_image_base
 
 __all__ = [
@@ -46,9 +48,11 @@ __all__ = [
     "client_tensors",
     "fit_head",
     "fresh_state",
+    "in_short",
     "individual_state",
     "inject",
     "is_part",
+    "kind_of",
     "load_adapter_state",
     "load_base",
     "load_image_base",
@@ -61,4 +65,5 @@ __all__ = [
     "select",
     "set_trainable",
     "usable_device",
+    "without_gradient",
 ]

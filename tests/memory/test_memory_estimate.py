@@ -294,3 +294,11 @@ def test_quantized_weights_take_the_bytes_of_a_loaded_base(kind):
     foretold = Rehearsal(config).training(config.train, kind)[Kind.BASE]
     print(f"{kind}: {foretold} foretold, {sum(packed) + sum(kept.values())} loaded")
     assert foretold == sum(packed) + sum(kept.values())
+
+
+def test_a_pattern_takes_what_the_names_it_fits_take(tiny_config):
+    both = (r".*\.(q|v)_proj", ("q_proj", "v_proj"))
+    loras = [replace(tiny_config.lora, target_modules=targets) for targets in both]
+    pattern, names = (Rehearsal(replace(tiny_config, lora=lora)) for lora in loras)
+    train = tiny_config.train
+    assert pattern.training(train, "none") == names.training(train, "none")
