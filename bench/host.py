@@ -1,11 +1,12 @@
 """The host's time of a layer's call: what Python and PyTorch take to launch it, device left behind.
 
 On a GPU that is what is measured, at x [4096, 4096].  Without one, Triton gets a driver that only
-counts launches (`standin`), and the call is so small that what PyTorch computes on the CPU is next
-to nothing; it goes through the same functions to the same launches.  Such figures are for comparing
-trees, not machines.  Not in them: Triton's launcher in C, about 6 µs a launch; PyTorch's own
-launches, beyond a tiny product; autograd's handing over to a thread of the device; questions to the
-CUDA driver.  In them, and not on a GPU: the tiny products themselves.
+counts launches (`standin`), and x is [80, 64], so that what PyTorch computes on the CPU is little;
+the call goes through the same functions to the same launches.  Such a figure is the thread's own
+time, and for comparing trees, not machines.  Not in it: Triton's launcher in C, about 6 µs a
+launch; the device's part of PyTorch's launches and allocations; autograd's handing over to a thread
+of the device; questions to the CUDA driver.  In it, but not on a GPU: those small computations, of
+which the peers have more than we.
 
 Ours and its peers take turns in a process, and so do the processes of two trees; ratios are
 medians over the rounds of a round's ratio.

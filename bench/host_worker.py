@@ -38,7 +38,7 @@ KINDS = ("layer", "group", "decode", "cpu")
 RANK, DROPOUTS = 8, (0.0, 0.05)
 TRAINED = 4096, 4096  # rows and width of a call on a GPU
 TINY = 80, 64  # and of one beside the stand-in: more rows than decode serves, hardly any work
-BATCH, CUDA_BATCH = 20, 8  # calls; more would fill up a GPU's queue of launches
+BATCH, CUDA_BATCH = 20, 4  # calls; more would fill up a GPU's queue of launches
 WARM_UP = 3
 SAMPLE_S, SAMPLED_S, LEAST_SHARE = 0.00053, 1.0, 0.02
 PROFILED = 100
@@ -94,21 +94,28 @@ class Call:
             torch.autograd.backward(ys, self.dys)
 
     def times_us(self, count: int) -> list[float]:
-        """Of so many calls, the device left behind."""
+        """Of so many calls, the device left behind.
+
+        Without a device it is this thread's own time, which others on the machine do not lengthen.
+        """
+        clock = time.thread_time
         if self.source.is_cuda:
+            clock = time.perf_counter
             torch.cuda.synchronize()
         times = []
         with torch.set_grad_enabled(self.case.trains):
             for _ in range(count):
                 self.refresh()
-                start = time.perf_counter()
+                start = clock()
                 self()
-                times.append(1e6 * (time.perf_counter() - start))
+                times.append(1e6 * (clock() - start))
         return times
 
     def watched(self, watch: AbstractContextManager[Any]) -> None:
         """Once, untimed, and all of it in this thread."""
         self.refresh()
+        if self.source.is_cuda:
+            torch.cuda.synchronize()
         with (
             torch.set_grad_enabled(self.case.trains),
             torch.autograd.set_multithreading_enabled(False),

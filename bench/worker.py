@@ -32,7 +32,7 @@ class Worker:
         environment: Mapping[str, str],
         answer_s: float = ANSWER_S,
     ) -> None:
-        self._complaints = tempfile.TemporaryFile("w+")
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `end`
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(job)],
             stdin=subprocess.PIPE,
