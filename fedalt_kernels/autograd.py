@@ -132,9 +132,9 @@ def _backward_of_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _branches(
     mixer: Tensor | None, seed: Tensor | None, constants: tuple[Any, ...], tensors: Factors
 ) -> Branches:
-    _, count, weights, scaling, threshold, schedule, _ = constants
+    _, count, weights, scaling, threshold, schedule, _, kind = constants
     downs, ups = tensors[:count], tensors[count : 2 * count]
-    return Branches(downs, ups, mixer, weights, scaling, threshold, seed, schedule)
+    return Branches(downs, ups, mixer, weights, scaling, threshold, seed, schedule, kind)
 
 
 def _base(
@@ -143,7 +143,7 @@ def _base(
     """The base weight, of which a quantized one's tensors come after the factors."""
     if weight is not None:
         return weight
-    _, count, *_, (kind, shape, blocks) = constants
+    _, count, *_, (kind, shape, blocks), _ = constants
     return QuantizedWeight(kind, shape, tuple(tensors[2 * count :]), blocks)
 
 

@@ -61,7 +61,7 @@ def forward(
         branches: the adapters and how to mix them.
         strip: from `shared_strips`, where the layer shares its pass over x.
     """
-    key = (_rows(x), _base(weight), _beside(branches), bias is None, strip is None)
+    key = (_rows(x), _beside(branches, weight), bias is None, strip is None)
     plan = _forwards.get(key) or _forwards.made(
         key, lambda: plan_forward(x, weight, bias is not None, branches, strip is not None)
     )
@@ -84,7 +84,7 @@ def backward(
     Arguments as of `merged.backward`, and the packed adapters where the forward has kept them.  A
     schedule that has no backward leaves the choice open.
     """
-    key = (_rows(dy), _rows(x), _base(weight), _beside(branches), tuple(needs))
+    key = (_rows(dy), _rows(x), _beside(branches, weight), tuple(needs))
     plan = _backwards.get(key) or _backwards.made(
         key, lambda: plan_backward(dy, x, weight, branches, needs)
     )
@@ -93,7 +93,7 @@ def backward(
 
 def shared_strips(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches]) -> list[Strip]:
     """S of several layers that read one x and differ only in values and outputs, in one pass."""
-    key = (_rows(x), tuple(outputs), *map(_beside, layers))
+    key = (_rows(x), tuple(outputs), *map(_adapters, layers))
     plan = _strips.get(key) or _strips.made(key, lambda: plan_strips(x, outputs, layers[0]))
     return _launched(x, plan, x, layers)
 
@@ -134,8 +134,15 @@ def _base(weight: Tensor | QuantizedWeight) -> Hashable:
     return weight.kind, weight.shape, weight.blocks
 
 
-def _beside(branches: Branches) -> Hashable:
-    downs, ups, mixer, weights, scaling, threshold, _, schedule = branches
+def _beside(branches: Branches, weight: Tensor | QuantizedWeight) -> Hashable:
+    """What they depend on of all else but the addresses."""
+    if branches.kind is None:
+        return _base(weight), _adapters(branches)
+    return branches.kind, isinstance(weight, Tensor) and weight.data_ptr() % 16
+
+
+def _adapters(branches: Branches) -> Hashable:
+    downs, ups, mixer, weights, scaling, threshold, _, schedule, _ = branches
     return (
         *[(a.shape[0], a.dtype, b.dtype) for a, b in zip(downs, ups, strict=True)],
         None if mixer is None else mixer.dtype,

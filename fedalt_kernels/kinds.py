@@ -1,6 +1,7 @@
 """What is settled once for every kind of call: whether its arguments fit, and what serves it."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,9 @@ def find(
         found = _kinds.get(key)
     except (AttributeError, IndexError, TypeError):  # one of them is not what it should be
         return _settle(x, weight, bias, adapters, mixer, settings)
-    return found or _kinds.made(key, lambda: _settle(x, weight, bias, adapters, mixer, settings))
+    return found or _kinds.made(
+        key, lambda: _settle(x, weight, bias, adapters, mixer, settings, object())
+    )
 
 
 def _of(tensor: Tensor) -> tuple[Any, ...]:
@@ -66,8 +69,17 @@ def _of_input(x: Tensor) -> tuple[Any, ...]:
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast computes in on a kind of device; None where it is off or unknown."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = _knows_autocast(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
+
+
+@cache
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)  # "meta", for one, does not
+
+
+# As in `choice`: torch.compile of PyTorch 2.11 cannot look into it.
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _of_base(weight: Tensor | QuantizedWeight) -> tuple[Any, ...]:
@@ -84,7 +96,9 @@ def _settle(
     adapters: Sequence[Adapter],
     mixer: Tensor | tuple[float, ...] | None,
     settings: tuple[float, float, str, str | None],
+    name: Hashable = None,
 ) -> Kind:
+    """The kind of a call, which other plans know by its name where it has one."""
     dtype = None if x.dtype == torch.float64 else _autocast_dtype(x.device.type)
     if dtype is not None:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -99,5 +113,5 @@ def _settle(
     layout = None
     if isinstance(weight, QuantizedWeight):
         layout = weight.kind, weight.shape, weight.blocks
-    constants = impl, len(adapters), weights, scaling, threshold, schedule, layout
+    constants = impl, len(adapters), weights, scaling, threshold, schedule, layout, name
     return Kind(dtype, impl, threshold, constants)

@@ -25,7 +25,7 @@ _BACKWARD = (
     f"(Tensor dy, Tensor x, Tensor? weight, Tensor low, Tensor gates, {_BRANCHES}, bool[] needs, "
     f"{_PACKED}) -> Tensor[]"
 )
-_COUNT = len(Branches._fields)
+_COUNT = len(Branches._fields) - 1  # a kind of call is for eager calls
 _NAMES = {"torch": "merged", "triton": "fused"}
 
 
@@ -106,7 +106,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     operator = getattr(torch.ops.fedalt_kernels, f"{name}_forward")
     matrix, packed = _split(weight)
-    y, low, gates = operator(x, matrix, bias, *branches, *packed)
+    y, low, gates = operator(x, matrix, bias, *branches[:_COUNT], *packed)
     return y, low, gates if branches.mixer is not None else None
 
 
@@ -123,7 +123,7 @@ def _backward(
     operator = getattr(torch.ops.fedalt_kernels, f"{name}_backward")
     held = low.new_empty(0) if gates is None else gates
     matrix, packed = _split(weight)
-    return operator(dy, x, matrix, low, held, *branches, needs, *packed)
+    return operator(dy, x, matrix, low, held, *branches[:_COUNT], needs, *packed)
 
 
 def _register(impl: str, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -24,6 +24,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 KNOWN = ("3.6", "3.7")
+MOST_MAPS = 256  # of one argument: weights stay, and memory of the rest is given out again
 _HOOKS = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
 
 
@@ -137,10 +138,15 @@ def _bound(launch: Launch, compiled: Any, tensors: Sequence[Any]) -> Any:
             values[place] = several = tuple([each.data_ptr() for each in tensors[i]])
             for address in several:
                 low_bits |= address
-        for place, i, before, after in boxes:
+        for place, i, before, after, made in boxes:
             address = tensors[i].data_ptr()
             low_bits |= address
-            values[place] = fill(address, *before, *after)
+            found = made.get(address)
+            if found is None:
+                if len(made) >= MOST_MAPS:
+                    made.clear()
+                found = made[address] = fill(address, *before, *after)
+            values[place] = found
         if low_bits & 15:  # the kernel was compiled for multiples of 16
             return False
         enter(values)
@@ -154,7 +160,9 @@ def _layout(launch: Launch, compiled: Any, tensors: Sequence[Any]) -> tuple[Any,
     order = {name: i for i, name in enumerate(launch.tensors)}
     descriptors = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     template: list[Any] = []
-    addresses, tuples, boxes = [], [], []
+    addresses: list[Any] = []
+    tuples: list[Any] = []
+    boxes: list[Any] = []
     for name in launch.kernel.arg_names:
         place, i = len(template), order.get(name)
         if i is None:
@@ -170,7 +178,7 @@ def _layout(launch: Launch, compiled: Any, tensors: Sequence[Any]) -> tuple[Any,
                 raise ValueError("a descriptor of fp4")
             sides, strides = [box.height, box.width], [box.stride, 1]
             before = meta["swizzle"], meta["elem_size"], _host_type(meta["elem_type"])
-            boxes.append((place, i, before, (meta["block_size"], sides, strides, 0)))
+            boxes.append((place, i, before, (meta["block_size"], sides, strides, 0), {}))
             template += [*sides, *strides]
         elif isinstance(tensor, tuple):
             tuples.append((place, i))

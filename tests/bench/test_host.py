@@ -21,11 +21,10 @@ LAUNCHES = {
     "dropout 0.0, forward": "_pack 1, _overlapped 1",
     "dropout 0.05, forward": "_pack 1, _overlapped 1 and randint 1",
     "dropout 0.0, forward and backward": (
-        "_pack 2, _overlapped 1, _overlapped_backward 1, _reduce 1 and sum 2"
+        "_pack 1, _overlapped 1, _overlapped_backward 1, _reduce 1"
     ),
     "dropout 0.05, forward and backward": (
-        "_pack 2, _overlapped 1, _mask_words 1, _spread 1, _contract 1, _reduce 1 "
-        "and randint 1, sum 2"
+        "_pack 1, _overlapped 1, _mask_words 1, _spread 1, _contract 1, _reduce 1 and randint 1"
     ),
 }
 TWICE = """
