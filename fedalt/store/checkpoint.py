@@ -285,7 +285,9 @@ def _file(root: Path, group: str, name: str) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """See a file or a folder to disk."""
+    """See a file or a folder to disk. Windows opens no folder, and keeps names without it."""
+    if os.name == "nt" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
