@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 def version() -> str:
     """The kernels' own: they work alone, and are imported by what else asks for it."""
     door = (ROOT / "fedalt_kernels" / "__init__.py").read_text(encoding="utf-8")
-    found = re.search(r'^__version__ = "(.+)"$', door, re.M)
+    found = re.search(r'^__version__ = "(.+)"', door, re.M)
     assert found, "fedalt_kernels/__init__.py: has no __version__"
     return found[1]
 
@@ -36,7 +36,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     author="The FedALT developers",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     project_urls={"Paper": "https://arxiv.org/abs/2503.11880"},
     keywords=["federated learning", "LoRA", "personalisation", "fine-tuning", "PEFT", "Triton"],

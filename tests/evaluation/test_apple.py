@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedalt.config.schema import BUILTIN_VIT, Config, DataConfig, ModelConfig
+from fedalt.config.schema import BUILTIN_VIT, DataConfig, ModelConfig
 from fedalt.data import ImageRecord, Record
 from fedalt.evaluation import evaluate
 from fedalt.model.gates import GateMeter
