@@ -8,12 +8,14 @@ from fedalt.methods import rest_of_world
 from fedalt.model import individual_state, inject, load_rest_of_world
 from fedalt.run import Federation
 from fedalt.serving import load_client, load_export
+from fedalt_kernels import __version__
 
 __all__ = [
     "Config",
     "Federation",
     "InputError",
     "InputWarning",
+    "__version__",
     "individual_state",
     "inject",
     "load_client",
@@ -24,4 +26,3 @@ __all__ = [
 ]
 # Exported adapters of before the rooms say `from fedalt.export import load_export`.
 sys.modules["fedalt.export"] = sys.modules[load_export.__module__]
-__version__ = "0.1.0"

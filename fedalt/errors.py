@@ -19,6 +19,11 @@ class RunFailed(RuntimeError):
     """
 
 
+def not_installed(wanted_by: str, package: str, extra: str) -> InputError:
+    """The error of whatever needs a ``package`` that comes with an extra of this one."""
+    return InputError(f"{wanted_by} wants {package}: pip install 'fedalt[{extra}]'")
+
+
 def first_line(error: Exception) -> str:
     """What an exception says in its first line, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

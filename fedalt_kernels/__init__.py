@@ -10,7 +10,8 @@ __all__ = [
     "Fp8Linear",
     "MixedLoRALinear",
     "QuantizedWeight",
+    "__version__",
     "mixed_lora_linear",
     "unused_layers",
 ]
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place; setup.py and fedalt read it

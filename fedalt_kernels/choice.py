@@ -55,7 +55,7 @@ def _unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the kernels compute float32, bfloat16 and float16, got float64"
     if not _has_triton():
-        return "the triton package is not installed"
+        return "triton is not installed (pip install 'fedalt[triton]')"
     if device.type == "cpu":
         from triton import knobs
 

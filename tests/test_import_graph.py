@@ -146,7 +146,7 @@ def test_only_the_model_uses_the_kernels_and_only_their_public_names() -> None:
     for module, found in house.GRAPH.items():
         for source, names in found.items():
             if module.split(".")[0] == "fedalt" and source.split(".")[0] == "fedalt_kernels":
-                assert house.room(module) == "model", module
+                assert house.room(module) == "model" or names == {"__version__"}, module
                 assert source == "fedalt_kernels"
                 assert names <= set(fedalt_kernels.__all__)
 

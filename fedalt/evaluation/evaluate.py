@@ -13,7 +13,7 @@ from fedalt.config import EvaluateConfig
 from fedalt.data import Example, ImageExample, Record, collate
 from fedalt.evaluation.likelihood import choice_scores
 from fedalt.evaluation.metrics import named_option, text_scores
-from fedalt.model import GateMeter
+from fedalt.model import GateMeter, sum_dtype
 from fedalt.training import answer_loss
 
 
@@ -41,7 +41,7 @@ def evaluate_text(
     model.eval()
     device = next(model.parameters()).device
     answers = [""] * len(examples)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=sum_dtype(device), device=device)
     longest_first = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     for start in range(0, len(examples), config.batch_size):
         rows = longest_first[start : start + config.batch_size]
@@ -99,13 +99,13 @@ def evaluate_images(
     """
     model.eval()
     weight = next(model.parameters())
-    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    total = torch.zeros(2, dtype=sum_dtype(weight.device), device=weight.device)
     with meter or nullcontext():
         for start in range(0, len(examples), batch_size):
             chunk = examples[start : start + batch_size]
             logits = model(pixel_values=pixels(chunk).to(weight.device, weight.dtype)).logits
             labels = torch.tensor([example.label for example in chunk], device=logits.device)
             loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            total += torch.stack([(logits.argmax(-1) == labels).sum(), loss]).double()
+            total += torch.stack([(logits.argmax(-1) == labels).sum(), loss]).to(total.dtype)
     right, loss = (total / len(examples)).tolist()
     return {"accuracy": 100 * right, "loss": loss}

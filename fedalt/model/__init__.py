@@ -1,6 +1,13 @@
 """The frozen base, the mixed-LoRA layers in it, and a client as a state of tensors."""
 
-from fedalt.model.base import checkpoint_of, inject, load_base, output_head, usable_device
+from fedalt.model.base import (
+    checkpoint_of,
+    inject,
+    load_base,
+    output_head,
+    sum_dtype,
+    usable_device,
+)
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
 from fedalt.model.logits import mark_chunkable
@@ -64,6 +71,7 @@ __all__ = [
     "renamed",
     "select",
     "set_trainable",
+    "sum_dtype",
     "usable_device",
     "without_gradient",
 ]

@@ -66,6 +66,11 @@ def usable_device(name: str) -> torch.device:
         raise InputError(f"model.device: {name!r} cannot be used: {first_line(error)}") from None
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Of sums that stay on the device: float64, or float32 on an Apple GPU, which has no wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that makes the logits of tokens or classes, where the model tells."""
     head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fedalt.config import TrainConfig
-from fedalt.model import State, set_trainable
+from fedalt.model import State, set_trainable, sum_dtype
 from fedalt.training.activations import offloading, recomputing
 from fedalt.training.micro import Count, Loss, largest_gradient
 from fedalt.training.optimizers import moments_of, optimizing
@@ -72,7 +72,7 @@ def train_client(
     stream = batches(examples, config, order)
     device = next(model.parameters()).device
     total, moments, done, size = (
-        torch.zeros((), dtype=torch.float64, device=device),
+        torch.zeros((), dtype=sum_dtype(device), device=device),
         dict[str, Tensor](),
         0,
         config.micro_batch,
