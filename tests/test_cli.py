@@ -275,7 +275,6 @@ def test_a_reader_that_has_gone_is_not_told(tiny_config, config_file, nobody):
         (("run", "--out", out, "--resume"), "1"),
         (("evaluate", out), "1"),
         (("report", out), ""),
-        (("settings",), ""),
         (("--help",), ""),
     ):
         env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}

@@ -1,5 +1,6 @@
 """Image clients: the digits, folders of images, pixels, and the classifier that sees them."""
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -98,6 +99,12 @@ def test_domains_by_hand(domain: str) -> None:
     noise = np.array([[300, -300, 0.4], [0.6, 0, 0]])
     rng = SimpleNamespace(normal=lambda mean, spread, shape: noise)
     assert seen_by(domain, UPRIGHT, rng).tolist() == SEEN[domain]
+
+
+def test_a_file_may_have_a_name_of_any_bytes(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(b"12345")
+    assert ImageRecord(path, "cup").fingerprint_bytes() == b"cup\0\0caf\xe9.png\0005\0"
 
 
 def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
