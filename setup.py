@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fedalt", "fedalt.*", "fedalt_kernels", "fedalt_kernels.*"]),
     package_data={
-        "fedalt": ["assets/base/*", "assets/vit/*"],
+        "fedalt": ["assets/base/*", "assets/vit/*", "report/style.css", "report/script.js"],
         "fedalt_kernels": ["triton/tuned/*.json"],
     },
     install_requires=[
