@@ -62,6 +62,7 @@ class _Axes:
         return (
             f"<figure><figcaption>{text(caption)}</figcaption>"
             f'<svg class="chart" viewBox="0 0 {self.width} {HEIGHT}" role="img" '
+            f'style="max-width:{round(1.1 * self.width)}px" '
             f'aria-label="{text(about)}">{"".join(parts)}{marks}</svg>{below}</figure>'
         )
 
@@ -103,9 +104,10 @@ def _names(ends: Sequence[tuple[Line, float, float]]) -> str:
     parts, right = [], WIDTH - RIGHT
     ends = sorted(ends, key=lambda end: end[2])
     for (line, x, y), at in zip(ends, apart([y for _, _, y in ends]), strict=True):
-        leader = f"M{x},{y} L{max(x, right) + 2},{y} L{right + 16},{at:.1f} h8"
+        leader = f"M{x},{y} L{right + 2},{y} L{right + 16},{at:.1f} h8"
+        far = " far" if x < right else ""  # a curve that ends early does not go on
         parts.append(
-            f'<path class="leader {line.style}" d="{leader}"/>'
+            f'<path class="leader {line.style}{far}" d="{leader}"/>'
             f'<text class="name" x="{right + 28}" y="{at + 4:.1f}">'
             f"{text(shorten(line.name, LONGEST))}</text>"
         )
@@ -135,14 +137,16 @@ def apart(heights: Sequence[float]) -> list[float]:
     return [min(max(start, top), most) + place * line for place, start in enumerate(starts)]
 
 
-def stacked_bars(caption: str, x_label: str, bars: Mapping[int, Mapping[str, float]]) -> str:
-    """A bar for every whole number, of parts from 0 upward; where there is none, no chart."""
+def stacked_bars(
+    caption: str, x_label: str, bars: Mapping[int, Mapping[str, float]], names: Sequence[str]
+) -> str:
+    """A bar for every whole number, of parts from 0 upward; where there is none, no chart.
+
+    ``names`` are all parts, in the legend's order.
+    """
     if not bars:
         return ""
-    styles = {
-        name: f"c{i % FEW}"
-        for i, name in enumerate(dict.fromkeys(n for b in bars.values() for n in b))
-    }
+    styles = {name: f"c{i % FEW}" for i, name in enumerate(names)}
     low, high = min(bars), max(bars)
     top = max(sum(bar.values()) for bar in bars.values())
     axes = _Axes(low - 0.5, high + 0.5, _ticks(low, high, whole=True), _ticks(0, top))

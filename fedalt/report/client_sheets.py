@@ -74,7 +74,7 @@ def client_columns(group: Mapping[str, Any], metric: str) -> list[Column]:
         score("best", "best", metric, (best, "score")),
         single("round", "best_round", lambda c: c.get("best", {}).get("round"), 0, (best, "round")),
         *(other(name) for name in metrics_in(group) if name != metric),
-        Column("gate", "gate", mean_gate, 2),
+        Column("gate", "gate", mean_gate, 2, head=("mixer", "gate")),
         single(
             "train", "train", lambda c: c.get("records", {}).get("train"), 0, (records, "train")
         ),

@@ -87,11 +87,11 @@ def _records(results: Results) -> str:
 
 
 def _length(settings: Settings) -> str:
-    """What a client does in a round."""
+    """How long a client trains in a round."""
     train = settings.get("train", {})
     if train.get("max_steps"):
-        return f" of {count(train['max_steps'], 'step')}"
-    return f" of {count(train['epochs'], 'epoch')}" if "epochs" in train else ""
+        return f", {count(train['max_steps'], 'step')} each"
+    return f", {count(train['epochs'], 'epoch')} each" if "epochs" in train else ""
 
 
 def _machine_facts(times: Sequence[Event]) -> dict[str, str]:

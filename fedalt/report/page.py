@@ -78,7 +78,8 @@ def sheet_html(sheet: tables.Sheet, words: bool = False) -> str:
 
     def row(cells: Sequence[str]) -> str:
         tail = "".join(f"<td>{lines(value)}</td>" for value in cells[1:])
-        return f'<tr><th scope="row">{text(cells[0])}</th>{tail}</tr>'
+        whole = f' title="{text(cells[0])}"' if not words and len(cells[0]) > tables.NAME else ""
+        return f'<tr><th scope="row"{whole}>{lines(cells[0])}</th>{tail}</tr>'
 
     kind = "sortable words" if words else "sortable"
     foot = f"<tfoot>{''.join(map(row, sheet.foot))}</tfoot>" if sheet.foot else ""
@@ -92,7 +93,8 @@ def sheet_html(sheet: tables.Sheet, words: bool = False) -> str:
 def _head(sheet: tables.Sheet) -> str:
     """One line of titles, or above it a second one of what the columns belong to."""
     titles = [title for _, title in sheet.heads] or sheet.header
-    lower = "".join(f'<th scope="col">{text(title)}</th>' for title in titles)
+    broken = (text(title).replace(" ", "<br>", 1) for title in titles)
+    lower = "".join(f'<th scope="col">{title}</th>' for title in broken)
     upper = ""
     for group, own in groupby(group for group, _ in sheet.heads):
         wide = len(list(own))

@@ -168,7 +168,7 @@ def _time_parts(times: Sequence[Event]) -> list[str]:
         rounds[row["round"]][row["phase"]] += row["seconds"]
     whole = sum(phases.values()) or 1.0
     rows = [[name, f"{took:.1f}", f"{100 * took / whole:.0f} %"] for name, took in phases.items()]
-    chart = charts.stacked_bars("seconds by round and phase", "round", rounds)
+    chart = charts.stacked_bars("seconds by round and phase", "round", rounds, list(phases))
     sheet = Sheet(["phase", "seconds", "share"], rows)
     return [page.sheet_html(sheet), page.figures(chart)] if rows else []
 

@@ -50,7 +50,7 @@ class Column:
     spreads: bool = True
     """How far it varies is worth showing."""
     head: tuple[str, str] = ("", "")
-    """On a page, what it belongs to and its title there; empty: nothing, and ``title``."""
+    """On a page, what it belongs to and its title there."""
 
 
 def label(metric: str) -> str:

@@ -82,11 +82,12 @@ def verdict(results: Results, method: str = "", finished: bool = True) -> str:
 def _scores(
     clients: Mapping[str, Mapping[str, Any]], metric: str, rival: str
 ) -> list[tuple[float, float]]:
-    """Last score and the rival's, of every client that has both."""
+    """Last score and the rival's, of every client that has both; the base is no rival of itself."""
     return [
         (client["last"][metric], client[rival][metric])
         for client in clients.values()
         if metric in client.get("last", {}) and metric in client.get(rival, {})
+        if client["last"]["round"] != client[rival].get("round")
     ]
 
 
