@@ -13,7 +13,7 @@ from fedalt.report.tables import shorten
 FEW = 8
 """Up to so many lines have a colour each; more are thin, with the mean and the worst on top."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 52, 14, 12, 46
-LETTER, LINE, LONGEST = 8, 17, 18
+LETTER, LINE, LONGEST = 9, 17, 22
 """Of the names at the curves' ends, in units of the drawing: a letter's width, a line's height;
 and the most letters."""
 

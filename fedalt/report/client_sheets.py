@@ -57,7 +57,7 @@ def client_columns(group: Mapping[str, Any], metric: str) -> list[Column]:
             name,
             lambda client: client.get("last", {}).get(name),
             digits_of(name),
-            head=("other scores, last round", label(name)),
+            head=("last round", label(name)),
         )
 
     def single(title: str, name: str, value: Value, digits: int, head: tuple[str, str]) -> Column:

@@ -57,7 +57,7 @@ def measures(runs: Runs) -> list[Column]:
     def moved(run: Results) -> float:
         return sum(run["traffic"].values()) / 2**20
 
-    score_of, rest, digits = label(main), "other scores, last round", digits_of(main)
+    score_of, rest, digits = label(main), "last round", digits_of(main)
     found = [
         column(score_of, "last", "last", score("last", main), digits, True),
         column(score_of, "best", "best", score("best", main), digits, False),

@@ -84,7 +84,8 @@ def sheet_html(sheet: tables.Sheet, words: bool = False) -> str:
     kind = "sortable words" if words else "sortable"
     foot = f"<tfoot>{''.join(map(row, sheet.foot))}</tfoot>" if sheet.foot else ""
     return (
-        '<div class="scrolls"><p class="hint" aria-hidden="true">scroll sideways for more →</p>'
+        '<div class="scrolls"><p class="hint across" aria-hidden="true">scroll sideways for more →'
+        '</p><p class="hint down" aria-hidden="true">scroll down for more ↓</p>'
         f'<div class="wide" tabindex="0"><table class="{kind}"><thead>{_head(sheet)}</thead>'
         f"<tbody>{''.join(map(row, sheet.rows))}</tbody>{foot}</table></div></div>"
     )

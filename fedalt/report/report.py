@@ -106,8 +106,9 @@ def run_page(
 
 def _curves(group: Mapping[str, Any], metric: str, turn: str) -> list[str]:
     """A chart of the main metric and one of the loss, a line a client."""
+    thin = ", a thin line a client" if len(group["clients"]) > charts.FEW else ""
     return [
-        charts.line_chart(f"{tables.label(name)} by {turn}", turn, _client_lines(group, name))
+        charts.line_chart(f"{tables.label(name)} by {turn}{thin}", turn, _client_lines(group, name))
         for name in dict.fromkeys((metric, "loss"))
     ]
 

@@ -15,7 +15,10 @@ for (const head of document.querySelectorAll(".sortable thead tr:last-child th")
   };
 }
 const hints = new ResizeObserver(entries => {
-  for (const {target} of entries)
-    target.parentNode.classList.toggle("more", target.scrollWidth > target.clientWidth + 1);
+  for (const {target} of entries) {
+    const shown = target.parentNode.classList;
+    shown.toggle("wider", target.scrollWidth > target.clientWidth + 1);
+    shown.toggle("longer", target.scrollHeight > target.clientHeight + 1);
+  }
 });
 for (const table of document.querySelectorAll(".scrolls > .wide")) hints.observe(table);

@@ -123,6 +123,8 @@ def test_a_page_can_be_read_without_seeing_it():
         if tag == "th":
             assert given["scope"] in ("col", "row", "colgroup")
     assert reader.count("thead") == reader.count("table") == 2
+    classes = [given.get("class") for tag, given in reader.tags if tag in ("div", "p")]
+    assert classes.count("scrolls") == classes.count("hint across") == 2  # where it goes on
 
 
 def test_what_comes_from_outside_is_only_shown():
