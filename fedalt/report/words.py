@@ -112,7 +112,7 @@ def beats(
     text = f"{subject} beats {rival} in {won or 'none'} of {count(len(scores), what)}"
     text += f" and equals it in {even}" if even else ""
     if mean > 0:
-        return f"{text}{',' if won else ', but'} by {mean:.{digits}f} on average"
+        return f"{text}, by {mean:.{digits}f} on average"
     if mean < 0:
         return f"{text}{', but' if won else ' and'} is {-mean:.{digits}f} below on average"
     return f"{text}; on average they are level"  # to the digits that are shown
@@ -131,8 +131,9 @@ def method_verdict(runs: Runs, seeds: Sequence[int]) -> str:
     if ranked[1:]:
         both = zip(last[first], last[ranked[1]], strict=True)
         won = sum(a is not None and b is not None and a > b for a, b in both)
-        lead = (means[first] or 0) - (means[ranked[1]] or 0)
-        sentences[0] += f", {lead:.{digits}f} above {ranked[1]}"
+        lead = round((means[first] or 0) - (means[ranked[1]] or 0), digits)
+        ahead = f"{lead:.{digits}f} above" if lead else "level with"
+        sentences[0] += f", {ahead} {ranked[1]}"
         if len(seeds) > 1:
             sentences[0] += f" and ahead of it with {won} of {len(seeds)}"
         else:

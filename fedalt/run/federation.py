@@ -48,7 +48,7 @@ class Result:
     Attributes:
         out: the run directory.
         results: as ``results.json``: last and best scores by client, and their means.
-        table: one line a client, as text.
+        table: for a terminal, one line a client, and the verdict.
         page: the path of the report.
     """
 
@@ -178,14 +178,18 @@ def _begin(stage: Stage, draft: Draft) -> dict[str, int]:
 def _evaluate(
     stage: Stage, draft: Draft, number: int, journal: Journal, progress: Progress
 ) -> None:
-    """Score every client with what it uses; after the last round, with each adapter alone too."""
+    """Score every client with what it uses; after the last round, with each adapter alone too.
+
+    Before the first round and after the last one, some answers are kept.
+    """
     apart = stage.method.rest_of_world and stage.config.evaluate.parts
     parts = (INDIVIDUAL, REST_OF_WORLD) if number == stage.config.rounds else ()
+    ends = number in (0, stage.config.rounds)
     stage.load_base(draft)
     for member in stage.known:
         started = time.perf_counter()
         load_adapter_state(stage.model, draft.state(CLIENTS, member.id).read())
-        meter, kept = GateMeter(stage.model), Answers()
+        meter, kept = GateMeter(stage.model), Answers() if ends else None
         try:
             scores = score(stage, member, meter, kept)
             alone = {part: _score_alone(stage, member, part) for part in parts if apart}
@@ -200,7 +204,7 @@ def _evaluate(
             journal.fail(number, member.id, error)
             continue
         journal.write("evaluate", number, member.id, **scores)
-        if number in (0, stage.config.rounds):
+        if kept is not None:
             journal.write("answers", number, member.id, **told(stage, member, kept))
         if stage.method.rest_of_world:
             journal.write("gates", number, member.id, layers=meter.means())

@@ -162,6 +162,11 @@ def test_the_verdict_names_the_first_and_what_training_alone_reaches():
         "By ROUGE-1, fedalt comes first: 65.0 over 1 seed, 10.0 above fedit. One seed does not "
         "tell how far that varies. Without local nothing tells what each client reaches alone."
     )
+    even = {"fedit": RUNS["fedit"], "fedalt": RUNS["fedit"]}
+    assert (
+        "fedit comes first: 55.5 over 2 seeds, level with fedalt and ahead of it with 0 of 2."
+        in (method_verdict(even, SEEDS))
+    )
     behind = {"fedit": RUNS["fedit"], "local": RUNS["local"]}
     assert method_verdict(behind, SEEDS) == (
         "By ROUGE-1, local comes first: 58.5 over 2 seeds, 3.0 above fedit and ahead of it with 2 "
