@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: run test lint bench bench-memory proof bench-gpu clean
+.PHONY: run test test-newest lint bench bench-memory proof bench-gpu clean
 
 run: $(READY)
 	@echo "== fedalt run: the built-in sample, eight clients, about two minutes on two cores"
@@ -12,6 +12,22 @@ run: $(READY)
 test: lint
 	@echo "== the tests, one process a core; about eleven minutes, eight once the kernels are compiled"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q --durations=5
+
+# The newest Python that there is beside the default one, by name or as a version of pyenv.
+NEWEST ?= $(firstword $(foreach v,3.13 3.12,$(shell PYENV_VERSION=$v python$v -c \
+  'import sys; print(sys.executable)' 2>/dev/null)))
+
+test-newest:
+ifeq ($(NEWEST),)
+	@echo "== no newer Python is at hand (3.13, 3.12; or NEWEST=...): tested on the default one alone"
+else
+	@echo "== $(NEWEST): all compiles without a warning, and the tests that need no PyTorch"
+	$(NEWEST) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check -c requirements.txt \
+	  setuptools pytest PyYAML numpy pillow tqdm
+	.venv-newest/bin/python -W error -m compileall -q -f fedalt fedalt_kernels bench tests scripts examples
+	.venv-newest/bin/python scripts/newest.py
+endif
 
 lint: $(READY)
 	@echo "== ruff and mypy"
@@ -37,7 +53,7 @@ bench-gpu:
 	$(PYTHON) -m bench gpu
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-newest build *.egg-info
 
 $(READY): requirements.txt setup.py
 	@echo "== set-up: a virtual environment in .venv (once; about two minutes)"

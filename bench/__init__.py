@@ -14,6 +14,10 @@
     model        a whole model: training step and decoding
     memory       a training step's peak and time beside PEFT, each in its own process
     memory_worker  one such process
+    host         the host's time of a layer's call, with a GPU or without
+    host_worker  the calls of one tree, in a process of its own
+    standin      a GPU that is not there: launches are counted, not made
+    worker       how such processes are spoken to
     tune         a search over tiles for the GPU at hand
     plots        of the kernels' table
     report       a table as JSON and Markdown

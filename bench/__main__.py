@@ -70,6 +70,18 @@ def _overhead(options: argparse.Namespace) -> int:
     return overhead.main(options.data, options.settings, options.repeats)
 
 
+def _host(options: argparse.Namespace) -> None:
+    from . import host
+
+    host.run(
+        options.case or host.KINDS,
+        options.rounds,
+        options.against,
+        options.profile,
+        options.out if options.write else None,
+    )
+
+
 def _tune(options: argparse.Namespace) -> None:
     from . import tune
 
@@ -207,6 +219,16 @@ def _parser() -> argparse.ArgumentParser:
     overhead.add_argument("--repeats", type=_count, default=5, help="rounds, default 5")
     overhead.add_argument("-c", dest="settings", action="append", default=[], help="a setting")
     overhead.set_defaults(command=_overhead)
+
+    host = commands.add_parser("host", help="the host's time of a layer's call; no GPU needed")
+    kinds = ("layer", "group", "decode", "cpu")
+    host.add_argument("--case", action="append", choices=kinds, help="default all")
+    host.add_argument("--rounds", type=_count, default=20, help="default 20")
+    host.add_argument("--against", default="", metavar="REV", help="a commit to measure beside it")
+    host.add_argument("--profile", action="store_true", help="print a call's time by function")
+    host.add_argument("--write", action="store_true", help="keep the table")
+    _add_place(host)
+    host.set_defaults(command=_host)
 
     tune = commands.add_parser("tune", help="search for faster tiles, and keep them for this GPU")
     _add_time(tune, 600.0)

@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fedalt_kernels import plans
 from fedalt_kernels.triton import tiles
 
 from .measure import markdown
@@ -130,12 +131,14 @@ def _recording(target: str, found: dict[str, Launch]) -> Iterator[None]:
         launch = _described(kernel, given)
         found.setdefault(launch.key, launch)
 
+    plans.forget()  # another target's
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tiles, "architecture", lambda device: target),
         patch.object(tiles, "tuned", lambda device: {}),
     ):
         yield
+    plans.forget()
 
 
 def _described(kernel: JITFunction, given: dict[str, Any]) -> Launch:

@@ -11,11 +11,8 @@ loading took at most is not in it.
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,60 +23,15 @@ import torch
 
 from .device import cuda_device, describe, missing
 from .measure import markdown, surroundings
-from .memory_worker import FEDALT, PEFT, Job
+from .memory_worker import FEDALT, PEFT
 from .report import write_table
+from .worker import Failed, Worker
 
 STEPS, QUICK_STEPS = 3, 2
 BASES = ("float32", "bfloat16", "int8", "nf4", "fp8")
 TITLE = "A training step's peak memory and time, beside PEFT"
-ANSWER_S = 120.0  # what a worker may take to answer, loading included
 # As a rule freed blocks go back to the system, so that a peak is of live memory.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-
-
-class Failed(Exception):
-    """A worker's own reason, in one line."""
-
-
-class Worker:
-    """One candidate in a process of its own."""
-
-    def __init__(self, job: Job) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.memory_worker", json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **ALLOCATOR, "HF_HUB_OFFLINE": "1"},
-        )
-        self.times_ms: list[float] = []
-
-    def answer(self, word: str = "") -> dict[str, Any]:
-        """What the worker says next, after it was told a word.
-
-        Raises:
-            Failed: it met an error, or is gone.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            if word:
-                self._process.stdin.write(f"{word}\n")
-                self._process.stdin.flush()
-            if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
-                raise Failed(f"no word within {ANSWER_S:.0f} s")
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        said = json.loads(line) if line else {"error": "its process ended without a word"}
-        if "error" in said:
-            raise Failed(said["error"])
-        return said
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 class Pair(NamedTuple):
@@ -114,11 +66,14 @@ def measure(pair: Pair, device: str, steps: int, notes: list[str]) -> list[dict[
     workers: dict[str, Worker] = {}
     said: dict[str, dict[str, Any]] = {}
     absent: dict[str, str] = {}
+    times_ms: dict[str, list[float]] = {PEFT: [], FEDALT: []}
+    environment = {**os.environ, **ALLOCATOR, "HF_HUB_OFFLINE": "1"}
     try:
         for make in (PEFT, FEDALT):
             absent[make] = absence(pair, make)
             if not absent[make]:
-                workers[make] = Worker({**pair._asdict(), "make": make, "device": device})
+                job = {**pair._asdict(), "make": make, "device": device}
+                workers[make] = Worker("bench.memory_worker", job, environment)
         words = ["", *["step"] * steps, "end"]
         for word in words:
             for make, worker in list(workers.items()):
@@ -129,8 +84,8 @@ def measure(pair: Pair, device: str, steps: int, notes: list[str]) -> list[dict[
                     workers.pop(make).end()
                     continue
                 if word == "step":
-                    worker.times_ms.append(said[make]["ms"])
-        return [_row(pair, make, workers, said, absent) for make in workers]
+                    times_ms[make].append(said[make]["ms"])
+        return [_row(pair, make, times_ms, said, absent) for make in workers]
     finally:
         for make, reason in absent.items():
             if reason:
@@ -143,16 +98,16 @@ def measure(pair: Pair, device: str, steps: int, notes: list[str]) -> list[dict[
 def _row(
     pair: Pair,
     make: str,
-    workers: dict[str, Worker],
+    times_ms: dict[str, list[float]],
     said: dict[str, dict[str, Any]],
     absent: dict[str, str],
 ) -> dict[str, Any]:
-    times, peak = workers[make].times_ms, said[make]["peak"]
+    times, peak = times_ms[make], said[make]["peak"]
     memory: object = absent[PEFT]
     pace: object = absent[PEFT]
     if not absent[PEFT]:
         memory = peak / said[PEFT]["peak"]
-        turns = zip(times, workers[PEFT].times_ms, strict=True)
+        turns = zip(times, times_ms[PEFT], strict=True)
         pace = statistics.median(mine / theirs for mine, theirs in turns)
     return {
         "model": pair.model,

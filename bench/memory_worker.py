@@ -22,6 +22,7 @@ from torch import nn
 from .device import brief, missing
 from .measure import saved_bytes
 from .peers import Unfused, mixed_layer, one_peft_lora, two_peft_loras
+from .worker import say
 
 Job = dict[str, Any]
 
@@ -200,15 +201,11 @@ def main() -> None:
         with stepper.kept:
             stepper.step()  # libraries set themselves up
             stepper.forget_peak()
-            _say({"ready": True})
+            say({"ready": True})
             for line in sys.stdin:
-                _say({"ms": stepper.step()} if line == "step\n" else {"peak": stepper.peak()})
+                say({"ms": stepper.step()} if line == "step\n" else {"peak": stepper.peak()})
     except Exception as error:  # whatever it is, the table goes on without this row
-        _say({"error": brief(error)})
-
-
-def _say(words: dict[str, Any]) -> None:
-    print(json.dumps(words), flush=True)
+        say({"error": brief(error)})
 
 
 if __name__ == "__main__":

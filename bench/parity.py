@@ -126,8 +126,8 @@ def rows_of(shape: Shape, dtype: torch.dtype) -> list[dict[str, object]]:
         schedule: fused.forward(inputs.x, inputs.weight, None, branches._replace(schedule=schedule))
         for schedule in serve(False)
     }
-    found = [("forward", s, ("y",), [y], truth[:1], eager[:1]) for s, (y, _, _) in made.items()]
-    _, low, gates = made["split"]
+    found = [("forward", s, ("y",), [y], truth[:1], eager[:1]) for s, (y, *_) in made.items()]
+    _, low, gates, *_ = made["split"]
     for schedule in serve(True):
         forced = branches._replace(schedule=schedule)
         grads = fused.backward(inputs.dy, inputs.x, inputs.weight, low, gates, forced, needs)

@@ -39,7 +39,7 @@ class Unfused(nn.Module):
 def linear_of(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
     """A bias-free linear layer with this weight, trainable where the weight is."""
     outputs, inputs = weight.shape
-    linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+    linear = nn.Linear(inputs, outputs, bias=False, device=weight.device, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(weight)
     return linear.requires_grad_(weight.requires_grad)

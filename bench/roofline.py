@@ -152,11 +152,18 @@ def _backward(case: Case, schedule: str) -> list[Launch]:
     strip = 2.0 * t.m * t.k * t.padded  # operations of dP down
     beside = t.strip + t.down + t.dlogits + t.mixer
     words = t.m * -(-t.k // ELEMENTS_A_CALL) * SINGLE if t.mask else 0  # the mask as bits
-    reduce_down = Launch(
-        t.x + t.strip + t.dlogits + down_shares + mixer_shares + words,
+    ups = SINGLE * t.n * t.rank
+    reduce_down = Launch(  # shares are written, and read by whoever adds them up
+        t.x
+        + t.strip
+        + t.dlogits
+        + words
+        + 2 * (down_shares + mixer_shares)
+        + SINGLE * t.k * (t.span + GATES)
+        + (up_shares + ups if joint else 0),
         2.0 * t.m * t.k * (t.span + LOGITS),
     )
-    launches = [t.pack()]
+    launches = []
     if t.mask:
         launches.append(Launch(words, mask=t.mask))
     if schedule == "overlapped":
@@ -167,12 +174,9 @@ def _backward(case: Case, schedule: str) -> list[Launch]:
     else:
         launches += [spread, t.plain(), Launch(2 * t.x + beside + words, strip)]
     if not joint:
-        launches.append(Launch(t.y + t.low + t.gates + up_shares, 2.0 * t.m * t.n * t.span))
-    sums = (
-        down_shares + mixer_shares + SINGLE * t.k * (t.span + GATES),
-        up_shares + SINGLE * t.n * t.rank,
-    )
-    return [*launches, reduce_down, *(Launch(moved) for moved in sums)]
+        moved = t.y + t.low + t.gates + 2 * up_shares + ups
+        launches.append(Launch(moved, 2.0 * t.m * t.n * t.span))
+    return [*launches, reduce_down]
 
 
 def estimate(launches: Iterable[Launch], ceilings: Ceilings) -> Estimate:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedalt_kernels import fused
+from fedalt_kernels import fused, plans
 from fedalt_kernels.adapter import Branches
 from fedalt_kernels.dropout import drop_threshold, keep_scale
 from fedalt_kernels.triton import tiles
@@ -151,8 +151,8 @@ def _pass(probe: Probe, x: Tensor, dy: Tensor, device: torch.device) -> Pass:
     scaling = layer.scaling * keep_scale(threshold)
     branches = Branches(downs, ups, mixer, None, scaling, threshold, seed, probe.schedule)
     if case.direction == "forward":
-        return lambda: list(fused.forward(x, weight, None, branches))
-    _, low, gates = fused.forward(x, weight, None, branches)
+        return lambda: list(fused.forward(x, weight, None, branches)[:3])
+    _, low, gates, *_ = fused.forward(x, weight, None, branches)
     needs = [True, True, True, False, True, False]
     return lambda: fused.backward(dy, x, weight, low, gates, branches, needs)
 
@@ -175,6 +175,7 @@ def tune_one(probe: Probe, device: torch.device, out_of_time: Callable[[], bool]
 
     def judged(tile: Tile) -> float:
         kinds[probe.kind] = tile
+        plans.forget()
         try:
             got = passes[0]()
             errors = [candidates.relative_error(g, t) for g, t in zip(got, truth, strict=True)]
@@ -195,6 +196,7 @@ def tune_one(probe: Probe, device: torch.device, out_of_time: Callable[[], bool]
         kinds[probe.kind] = before
     else:
         del kinds[probe.kind]
+    plans.forget()
     return [first, fastest]
 
 

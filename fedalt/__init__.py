@@ -3,16 +3,19 @@
 import sys
 
 from fedalt.config import Config, load_config
-from fedalt.errors import InputError
+from fedalt.errors import InputError, InputWarning
 from fedalt.methods import rest_of_world
 from fedalt.model import individual_state, inject, load_rest_of_world
 from fedalt.run import Federation
 from fedalt.serving import load_client, load_export
+from fedalt_kernels import __version__
 
 __all__ = [
     "Config",
     "Federation",
     "InputError",
+    "InputWarning",
+    "__version__",
     "individual_state",
     "inject",
     "load_client",
@@ -23,4 +26,3 @@ __all__ = [
 ]
 # Exported adapters of before the rooms say `from fedalt.export import load_export`.
 sys.modules["fedalt.export"] = sys.modules[load_export.__module__]
-__version__ = "0.1.0"

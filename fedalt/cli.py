@@ -1,40 +1,60 @@
-"""The ``fedalt`` command. Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+"""The ``fedalt`` command.
+
+Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads what it prints.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import os
+import platform
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from transformers.utils import logging as transformers_logging
 
-from fedalt.config import Config, load_config
-from fedalt.errors import InputError, RunFailed
+from fedalt.config import Config, list_settings, load_config
+from fedalt.errors import InputError, InputWarning, RunFailed
 from fedalt.memory import foretell
 from fedalt.report import write_report, write_tensorboard
 from fedalt.run import Federation, compare, join_run
 from fedalt.serving import evaluate_run, export_client
 from fedalt.store import CONFIG
+from fedalt_kernels import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
+    try:
+        with _streams():
+            return _answer(arguments)
+    except BrokenPipeError:  # quietly, with the status of a command that SIGPIPE ended
+        return 141
+    except OSError as error:
+        return _refuse(error)
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     options.cure = "nothing was lost"
     transformers_logging.disable_progress_bar()  # one bar at a time: the run's own
     try:
-        options.command(options)
+        with _warning_in_one_line():
+            options.command(options)
     except InputError as error:
         print(f"fedalt: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a disk that is full or read-only, mostly
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"fedalt: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _refuse(error)
     except RunFailed as error:
         print(f"fedalt: {error}", file=sys.stderr)
         return 1
@@ -42,6 +62,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedalt: interrupted; {options.cure}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _warning_in_one_line() -> Iterator[None]:
+    """What is left aside of the input is told as errors are, without the line of code."""
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, InputWarning):
+            print(f"fedalt: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _refuse(error: OSError) -> int:
+    """Of a disk that is full or read-only, mostly."""
+    where = f"{error.filename}: " if error.filename else ""
+    print(f"fedalt: {where}{error.strerror or error}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Output that may be closed, read by nobody, or in an encoding that lacks a letter."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell's >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the process ends
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # stderr escapes such letters by itself
+    try:
+        yield
+    finally:
+        failed = [error for stream in (sys.stdout, sys.stderr) if (error := _flush(stream))]
+        if failed:
+            raise failed[0]
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """The error, if any; what could not be written is dropped, or Python would try at exit."""
+    try:
+        stream.flush()
+    except OSError as error:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -65,6 +135,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _memory(options: argparse.Namespace) -> None:
     print(foretell(_config(options)))
+
+
+def _settings(options: argparse.Namespace) -> None:
+    print(list_settings(options.key, options.markdown))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -126,48 +200,131 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="fedalt", description="Personalised federated fine-tuning with mixed LoRAs."
+        prog="fedalt",
+        description="Personalised federated fine-tuning with mixed LoRAs.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_examples(
+            "fedalt run                                  # the built-in sample",
+            "fedalt run --data DIR --out runs/mine       # your clients, a folder each",
+            "fedalt run llama2-7b-flan -c data.path=DIR  # settings by name",
+        ),
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=_versions())
+    parser.set_defaults(command=lambda options: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    run = commands.add_parser("run", help="train a federation and print its clients' scores")
+    run = _command(
+        commands,
+        _run,
+        "train a federation and print its clients' scores",
+        "fedalt run digits -c rounds=3",
+        "fedalt run --data DIR --out runs/mine",
+        "fedalt run --out runs/mine --resume    # killed? this goes on",
+    )
     _add_config(run)
-    run.set_defaults(command=_run)
 
-    several = commands.add_parser("compare", help="run several methods on the same data and seeds")
+    several = _command(
+        commands,
+        _compare,
+        "run several methods on the same data and seeds",
+        "fedalt compare digits --methods fedalt,local --seeds 0,1,2",
+        "fedalt compare --data DIR --out runs/all --jobs 2 -c threads=1",
+    )
     _add_config(several)
     several.add_argument("--methods", default="fedalt,fedit,fedit+ft,local", help="names, by comma")
     several.add_argument("--seeds", default="0,1,2", help="whole numbers, by comma")
     several.add_argument("--jobs", default="1", help="runs at a time, each in a process")
-    several.set_defaults(command=_compare)
 
-    memory = commands.add_parser("memory", help="what memory a run will need, told beforehand")
+    memory = _command(
+        commands,
+        _memory,
+        "what memory a run will need, told beforehand",
+        "fedalt memory llama2-7b-flan -c data.path=DIR",
+        "fedalt memory --data DIR -c model.path=CHECKPOINT -c model.quantization=nf4",
+    )
     _add_settings(memory)
-    memory.set_defaults(command=_memory, out="", resume=False)
+    memory.set_defaults(out="", resume=False)
 
-    evaluate = commands.add_parser("evaluate", help="score a run's clients afresh")
+    settings = _command(
+        commands,
+        _settings,
+        "list settings with type, default and meaning",
+        "fedalt settings train",
+        "fedalt settings lora.target_modules",
+    )
+    settings.add_argument("key", nargs="?", default="", metavar="KEY", help="a section or setting")
+    settings.add_argument("--markdown", action="store_true", help="as in docs/settings.md")
+
+    evaluate = _command(
+        commands,
+        _evaluate,
+        "score a run's clients afresh",
+        "fedalt evaluate runs/mine",
+        "fedalt evaluate runs/mine --client ID --data OTHER_RECORDS",
+    )
     evaluate.add_argument("run", metavar="RUN", help="a run directory")
     evaluate.add_argument("--client", default="", help="only this client")
     evaluate.add_argument("--data", default="", help="other records of the same clients")
-    evaluate.set_defaults(command=_evaluate)
 
-    join = commands.add_parser("join", help="fit unseen clients into a run")
+    join = _command(
+        commands,
+        _join,
+        "fit unseen clients into a run",
+        "fedalt join runs/mine --data NEW_CLIENT",
+        "fedalt join runs/mine --data NEW_CLIENTS --epochs 3",
+    )
     join.add_argument("run", metavar="RUN", help="a run directory")
     join.add_argument("--data", required=True, help="one client's folder, or a folder of them")
     join.add_argument("--epochs", default="", help="passes over their records; default: the run's")
-    join.set_defaults(command=_join)
 
-    export = commands.add_parser("export", help="write a client's adapters in PEFT's file format")
+    export = _command(
+        commands,
+        _export,
+        "write a client's adapters in PEFT's file format",
+        "fedalt export runs/mine ID --to adapters/ID",
+        "python -c 'import fedalt; model, tokenizer = fedalt.load_export(\"adapters/ID\")'",
+    )
     export.add_argument("run", metavar="RUN", help="a run directory")
     export.add_argument("client", metavar="CLIENT", help="a client's id")
     export.add_argument("--to", required=True, help="a new folder")
-    export.set_defaults(command=_export)
 
-    report = commands.add_parser("report", help="tables and page of a finished or running run")
+    report = _command(
+        commands,
+        _report,
+        "tables and page of a finished or running run",
+        "fedalt report runs/mine",
+        "fedalt report runs/mine --tensorboard",
+    )
     report.add_argument("run", metavar="RUN", help="a run directory")
     report.add_argument("--tensorboard", action="store_true", help="write its events as well")
-    report.set_defaults(command=_report)
     return parser
+
+
+def _command(
+    commands: Any, run: Callable[[argparse.Namespace], None], what: str, *examples: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        run.__name__.removeprefix("_"),
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_examples(*examples),
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _examples(*lines: str) -> str:
+    return "\n  ".join(("examples:", *lines))
+
+
+def _versions() -> str:
+    """This package's version and those of what it computes with, none of which is imported."""
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "transformers", "triton"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return f"fedalt {__version__} ({', '.join(found)})"
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +334,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the sample")
+    ready = "a file, or the name of a ready config such as digits; default: the sample"
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help=ready)
     parser.add_argument(
         "--data", default="", help="a folder with one folder a client, or a dataset"
     )
@@ -187,5 +345,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="key.path=value",
-        help="one setting over the config's, such as -c train.batch_size=8",
+        help="one setting over the config's, such as -c train.batch_size=8; "
+        "`fedalt settings` lists them",
     )

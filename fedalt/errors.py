@@ -8,11 +8,20 @@ class InputError(ValueError):
     """
 
 
+class InputWarning(UserWarning):
+    """Something of the input that is left aside, told in one line; the command line prints it."""
+
+
 class RunFailed(RuntimeError):
     """A run could not go on: no client could train, or a process of a comparison failed.
 
     The command line prints the message on standard error and exits with status 1.
     """
+
+
+def not_installed(wanted_by: str, package: str, extra: str) -> InputError:
+    """The error of whatever needs a ``package`` that comes with an extra of this one."""
+    return InputError(f"{wanted_by} wants {package}: pip install 'fedalt[{extra}]'")
 
 
 def first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """What every other module passes around: adapters, all beside the base product, rows of x."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class Branches(NamedTuple):
     threshold: int  # bytes below it are dropped; 0: no dropout
     seed: Tensor | None  # int64 [], None without dropout
     schedule: str | None = None  # of the Triton implementation; None: it chooses
+    kind: Hashable = None  # of the call, in place of all that plans depend on here and of the base
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .autograd import mixed_lora
-from .checks import check_arguments, check_tensors
-from .choice import implementation
-from .dropout import draw_seed, drop_threshold, keep_scale
+from .checks import check_seed, check_tensors
+from .choice import plain
+from .dropout import draw_seed
+from .kinds import find
 from .quantized import QuantizedWeight
 from .reference import reference
 
@@ -37,7 +38,9 @@ def mixed_lora_linear(
 
     M tokens (any leading dimensions, also none), K inputs, N outputs, E adapters, r_e their ranks.
     Under ``torch.autocast`` it behaves as ``nn.Linear`` does: it computes in the autocast dtype and
-    returns it.
+    returns it.  It can be differentiated again and again, and transformed by ``torch.func`` (grad,
+    vmap, jvp, hessian): "reference" then serves it, whatever ``impl`` is, and where no seed is
+    given draws its dropout as ``nn.Dropout`` does, by vmap's ``randomness``.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
@@ -69,13 +72,14 @@ def mixed_lora_linear(
         RuntimeError: ``impl`` cannot run here, or ``schedule`` cannot serve these arguments.
     """
     check_tensors(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
-    check_arguments(x, weight, bias, adapters, mixer, scaling, dropout_p, seed, impl, schedule)
-    threshold = drop_threshold(dropout_p)
-    if not threshold:
+    if seed is not None:
+        check_seed(seed)
+    settings = scaling, dropout_p, impl, schedule
+    plan = find(x, weight, bias, adapters, mixer, settings)
+    if plan.dtype is not None:
+        x, bias = x.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
+        weight = weight.to(plan.dtype) if isinstance(weight, Tensor) else weight
+    if not plan.threshold or (seed is None and plain(x)):
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
@@ -83,15 +87,10 @@ def mixed_lora_linear(
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
     else:
         seed = seed.to(x.device)
-    impl = implementation(impl, x, weight)
-    if impl == "reference":
+    if plan.impl == "reference":
         if isinstance(weight, QuantizedWeight):
             weight = weight.dequantize(x.dtype)
         return reference(
             x, weight, bias, adapters, mixer, scaling=scaling, dropout_p=dropout_p, seed=seed
         )
-    if threshold:
-        scaling *= keep_scale(threshold)
-    return mixed_lora(
-        x, weight, bias, adapters, mixer, scaling, threshold, seed, impl, schedule, strip
-    )
+    return mixed_lora(x, weight, bias, adapters, mixer, seed, plan.constants, strip)

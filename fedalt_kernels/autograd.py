@@ -24,21 +24,25 @@ s is applied once, to small matrices.  A frozen adapter gets no dA_e and dB_e, b
 carries gradient to x and to the mixer.
 
 Kept for the backward: x and the parameters (alive anyway), P in x's dtype, g in float32 (float64
-for float64 x) and the seed: M (itemsize Σ r_e + 4 E) bytes beside x, and 8 for the seed.  Nothing
-of size [M, N], no dropped copy of x and no mask.  Of a quantized W only its packed tensors are
-kept; it is dequantized again.
+for float64 x) and the seed: M (itemsize Σ r_e + 4 E) bytes beside x, and 8 for the seed; the Triton
+path keeps its packed adapters too, about (Σ r_e + 16) (K + N) numbers in x's dtype.  Nothing of
+size [M, N], no dropped copy of x and no mask.  Of a quantized W only its packed tensors are kept;
+it is dequantized again.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import merged, operators
+from . import operators
 from .adapter import Adapter, Branches, Factors, rows_of
+from .choice import plain
+from .dropout import keep_scale
 from .quantized import QuantizedWeight
+from .reference import reference
 
 
 class MixedLoRA(torch.autograd.Function):
@@ -61,23 +65,25 @@ class MixedLoRA(torch.autograd.Function):
         base = _base(weight, constants, tensors)
         forward, _ = _implementation(impl)
         made = () if strip is None else (strip,)
-        y, low, gates = forward(rows_of(x), base, bias, branches, *made)
-        ctx.save_for_backward(x, weight, low, gates, mixer, seed, *tensors)
+        y, low, gates, *more = forward(rows_of(x), base, bias, branches, *made)
+        ctx.save_for_backward(x, weight, low, gates, mixer, seed, *tensors, *more)
         return y.view(*x.shape[:-1], base.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, low, gates, mixer, seed, *tensors = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and _is_transformed(dy):
+            return _backward_of_reference(ctx, dy)
+        x, weight, low, gates, mixer, seed, *rest = ctx.saved_tensors
+        asked = ctx.needs_input_grad
+        tensors, more = rest[: len(asked) - 7], rest[len(asked) - 7 :]
         branches = _branches(mixer, seed, ctx.constants, tensors)
         base = _base(weight, ctx.constants, tensors)
-        asked, end = ctx.needs_input_grad, 7 + 2 * len(branches.downs)
+        end = 7 + 2 * len(branches.downs)
         needs = [asked[0], asked[3], *asked[7:end]]
         _, backward = _implementation(ctx.constants[0])
         rows, drows = rows_of(x), dy.reshape(-1, base.shape[0]).contiguous()
-        # Autocast would change the dtype of some of these products under an in-place sum.
-        with torch.autocast(x.device.type, enabled=False):
-            grads = iter(backward(drows, rows, base, low, gates, branches, needs))
+        with _without_autocast(x.device.type):
+            grads = iter(backward(drows, rows, base, low, gates, branches, needs, *more))
         dx, dmixer, *dfactors = [next(grads) if need else None for need in needs]
         if dx is not None:
             dx = dx.view(x.shape)
@@ -85,12 +91,50 @@ class MixedLoRA(torch.autograd.Function):
         return dx, None, None, dmixer, None, None, None, *dfactors, *packed
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast would change the dtype of some of these products under an in-place sum."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def _is_transformed(dy: Tensor) -> bool:
+    """Whether a backward is itself differentiated, or batched as by ``is_grads_batched``."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)
+    return torch.is_grad_enabled() or batched or plain(dy)
+
+
+def _backward_of_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward as PyTorch's own operations, to be differentiated again or batched by vmap."""
+    x, weight, _, _, mixer, seed, *rest = ctx.saved_tensors
+    tensors = rest[: len(ctx.needs_input_grad) - 7]
+    _, count, weights, scaling, threshold, *_ = ctx.constants
+    downs, ups = tensors[:count], tensors[count : 2 * count]
+    base = _base(weight, ctx.constants, tensors)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        y = reference(
+            x,
+            base if isinstance(base, Tensor) else base.dequantize(x.dtype),
+            None,
+            [Adapter(a, b) for a, b in zip(downs, ups, strict=True)],
+            weights if mixer is None else mixer,
+            scaling=scaling / keep_scale(threshold),
+            dropout_p=threshold / 256,
+            seed=seed,
+        )
+    inputs = (x, None, None, mixer, None, None, None, *tensors)
+    asked = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    wanted = [inputs[i] for i in asked]
+    found = torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled())
+    grads = dict(zip(asked, found, strict=True))
+    return tuple(grads.get(i) for i in range(len(inputs)))
+
+
 def _branches(
     mixer: Tensor | None, seed: Tensor | None, constants: tuple[Any, ...], tensors: Factors
 ) -> Branches:
-    _, count, weights, scaling, threshold, schedule, _ = constants
+    _, count, weights, scaling, threshold, schedule, _, kind = constants
     downs, ups = tensors[:count], tensors[count : 2 * count]
-    return Branches(downs, ups, mixer, weights, scaling, threshold, seed, schedule)
+    return Branches(downs, ups, mixer, weights, scaling, threshold, seed, schedule, kind)
 
 
 def _base(
@@ -99,7 +143,7 @@ def _base(
     """The base weight, of which a quantized one's tensors come after the factors."""
     if weight is not None:
         return weight
-    _, count, *_, (kind, shape, blocks) = constants
+    _, count, *_, (kind, shape, blocks), _ = constants
     return QuantizedWeight(kind, shape, tuple(tensors[2 * count :]), blocks)
 
 
@@ -107,11 +151,8 @@ def _implementation(impl: str) -> tuple[Any, Any]:
     """Forward and backward of "torch" or "triton", as operators where torch.compile is tracing."""
     if torch.compiler.is_compiling():
         return operators.OPERATORS[impl]
-    if impl == "torch":
-        return merged.forward, merged.backward
-    from . import fused  # only here, since it needs Triton
-
-    return fused.forward, fused.backward
+    module = operators.module(impl)
+    return module.forward, module.backward
 
 
 def mixed_lora(
@@ -120,37 +161,24 @@ def mixed_lora(
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     mixer: Tensor | tuple[float, ...] | None,
-    scaling: float,
-    threshold: int,
     seed: Tensor | None,
-    impl: str,
-    schedule: str | None,
+    constants: tuple[Any, ...],
     strip: Any,
 ) -> Tensor:
     """Arguments as in `fedalt_kernels.mixed_lora_linear`, already checked.
 
     Args:
-        scaling: s above, the keep scale included.
-        threshold: see `dropout.drop_threshold`; 0 for no dropout.
         seed: int64 [], or None without dropout.
-        impl: "torch" or "triton".
+        constants: of the kind of call, from `kinds.find`; their scaling is s above, the keep scale
+            included.
     """
-    learned = isinstance(mixer, Tensor)
-    weights = None if learned else mixer
-    packed: tuple[Tensor, ...] = ()
-    layout = None
-    if isinstance(weight, QuantizedWeight):
-        kind, shape, packed, blocks = weight
-        layout = kind, shape, blocks
-    return MixedLoRA.apply(
-        x,
-        weight if layout is None else None,
-        bias,
-        mixer if learned else None,
-        seed,
-        (impl, len(adapters), weights, scaling, threshold, schedule, layout),
-        strip,
-        *[a for a, _ in adapters],
-        *[b for _, b in adapters],
-        *packed,
-    )
+    learned = mixer if isinstance(mixer, Tensor) else None
+    factors = [a for a, _ in adapters] + [b for _, b in adapters]
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        forward, _ = _implementation(constants[0])
+        branches = _branches(learned, seed, constants, factors)
+        made = () if strip is None else (strip,)
+        y, *_ = forward(rows_of(x), weight, bias, branches, *made)
+        return y.view(*x.shape[:-1], weight.shape[0])
+    base, packed = (weight, ()) if isinstance(weight, Tensor) else (None, weight.tensors)
+    return MixedLoRA.apply(x, base, bias, learned, seed, constants, strip, *factors, *packed)

@@ -1,14 +1,15 @@
 """What `mixed_lora_linear` accepts; every refusal names the argument, what came, what is wanted.
 
-The checks run at every call of every layer, so they only read attributes, and build a message
-only to raise it.
+The checks run once for every kind of call (`kinds.find`), but for those of values.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .adapter import Adapter
 from .dropout import SEED_LIMIT
@@ -18,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 SCHEDULES = ("decode", "recompute", "overlapped", "split", "expand")
 MOST_ADAPTERS = 8
+PLAIN = ("FalconLinear",)  # of nn.Linear, with another forward that computes the same
 
 
 def check_tensors(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
@@ -40,7 +42,6 @@ def check_arguments(
     mixer: Tensor | tuple[float, ...] | None,
     scaling: float,
     dropout_p: float,
-    seed: Tensor | int | None,
     impl: str,
     schedule: str | None,
 ) -> None:
@@ -91,8 +92,6 @@ def check_arguments(
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is not None:
-        _check_seed(seed)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if schedule is not None and (impl != "triton" or schedule not in SCHEDULES):
@@ -100,6 +99,48 @@ def check_arguments(
             f"schedule must be one of {', '.join(SCHEDULES)}, and comes with impl='triton', "
             f"got {schedule!r} with {impl!r}"
         )
+
+
+def stores_transposed(base: Any) -> bool:
+    """Whether a linear layer's weight is stored as [K, N].
+
+    Raises:
+        TypeError: it is of another kind, or computes anything but x Wᵀ + b with a weight of its
+            own: then that is not what a mixed layer in its place would compute.
+    """
+    kind = type(base)
+    conv1d = kind.__name__ == "Conv1D" and hasattr(base, "nf")
+    if not (conv1d or isinstance(base, nn.Linear)):
+        raise TypeError(
+            "base must be an nn.Linear or a Conv1D, a bitsandbytes Linear4bit or Linear8bitLt, "
+            f"or an Fp8Linear, got {kind.__name__}"
+        )
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            "base is the out_proj of an nn.MultiheadAttention, which reads its weight and never "
+            "calls it: an adapter would never run; leave it out, or use an attention that calls it"
+        )
+    weight = base._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            "base.weight is computed at every call (weight norm, pruning or another "
+            "parametrization); make it permanent first, as remove_parametrizations does"
+        )
+    if isinstance(weight, nn.UninitializedParameter):
+        raise TypeError("base.weight has no shape yet; call the model once first")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"base.weight must be floating point, got {weight.dtype}")
+    if base._forward_hooks or base._forward_pre_hooks:
+        raise TypeError("base has forward hooks, which would never run; remove them first")
+    own = isinstance(base, nn.Linear) and kind.forward is not nn.Linear.forward
+    own = own and kind.__name__ not in PLAIN
+    # accelerate's forward, which it puts on the layer itself, moves x and computes the same
+    if own or ("forward" in vars(base) and not hasattr(base, "_hf_hook")):
+        raise TypeError(
+            f"base is a {kind.__name__}, whose forward is its own and may compute more than "
+            "x Wᵀ + b; adapt plain nn.Linear layers"
+        )
+    return conv1d
 
 
 def check_quantized(weight: QuantizedWeight, device: torch.device) -> None:
@@ -157,7 +198,8 @@ def _check_trained(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.
         raise ValueError(f"{name} must be on x's device {device}, got {tensor.device}")
 
 
-def _check_seed(seed: Tensor | int) -> None:
+def check_seed(seed: Tensor | int) -> None:
+    """Raises TypeError or ValueError for what is no seed."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise ValueError(

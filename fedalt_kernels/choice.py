@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .quantized import QuantizedWeight
 
@@ -13,11 +14,19 @@ OLDEST_CAPABILITY = (8, 0)
 OLDEST_FP8_CAPABILITY = (8, 9)
 
 
+def plain(x: Tensor) -> bool:
+    """Whether PyTorch's own operations alone serve x: on the meta device, under transforms of
+    torch.func, and for forward-mode derivatives.
+    """
+    transformed = torch._C._are_functorch_transforms_active()
+    return x.device.type == "meta" or transformed or forward_ad._current_level >= 0
+
+
 def implementation(impl: str, x: Tensor, weight: Tensor | QuantizedWeight) -> str:
     """What serves a call: "torch", "triton" or "reference".
 
     "auto" is "triton" on a GPU that runs it, and "torch" on a CPU; on a GPU that does not, it is
-    "torch" with one warning that says why.
+    "torch" with one warning that says why.  Where x is `plain`, all are "reference".
 
     Raises:
         RuntimeError: `impl` is "triton" and it cannot run here; or, whatever `impl` is, the weight
@@ -26,6 +35,8 @@ def implementation(impl: str, x: Tensor, weight: Tensor | QuantizedWeight) -> st
     fp8 = isinstance(weight, QuantizedWeight) and weight.kind == "fp8"
     if fp8 and (reason := _without_fp8(x.device)):
         raise RuntimeError(f"an fp8 weight cannot be used here: {reason}")
+    if plain(x):
+        return "reference"
     if impl in ("torch", "reference") or (impl == "auto" and x.device.type == "cpu"):
         return "torch" if impl == "auto" else impl
     reason = _unsupported(x.device, x.dtype)
@@ -44,7 +55,7 @@ def _unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the kernels compute float32, bfloat16 and float16, got float64"
     if not _has_triton():
-        return "the triton package is not installed"
+        return "triton is not installed (pip install 'fedalt[triton]')"
     if device.type == "cpu":
         from triton import knobs
 

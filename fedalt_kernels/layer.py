@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .api import mixed_lora_linear
-from .checks import IMPLEMENTATIONS, check_quantized
+from .checks import IMPLEMENTATIONS, check_quantized, stores_transposed
 from .quantized import QuantizedWeight, storage_of
 from .sharing import SharedInput
 
@@ -52,8 +52,10 @@ class MixedLoRALinear(nn.Module):
         impl: see `mixed_lora_linear`.
 
     Raises:
-        TypeError: the base is of another kind, its weight is not floating point, or it waits to
-            be quantized when it is moved to its device.
+        TypeError: the base is of another kind, its weight is not floating point, not made yet or
+            made anew at every call (weight norm, pruning), it waits to be quantized when it is
+            moved to its device, it computes more than W x + bias, or it is ``out_proj`` of an
+            ``nn.MultiheadAttention``, which reads its weight and never calls it.
         ValueError: rank, alpha, dropout or mixer is out of range, or a quantized weight is not
             stored as `QuantizedWeight` says.
     """
@@ -78,7 +80,7 @@ class MixedLoRALinear(nn.Module):
         super().__init__()
         self.shared = None
         self.quantized = storage_of(base) != ""
-        self.transposed = not self.quantized and _stores_transposed(base)
+        self.transposed = not self.quantized and stores_transposed(base)
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
         if not (math.isfinite(alpha) and alpha > 0):
@@ -220,6 +222,25 @@ class MixedLoRALinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, impl={self.impl!r}"
 
 
+def unused_layers(model: nn.Module) -> list[str]:
+    """Dotted names of the mixed layers in ``model`` that a backward has left without a gradient.
+
+    Ask between ``loss.backward()`` and ``zero_grad()``. Such a layer was not called, since its
+    model reads its weight directly, or what it returned does not reach the loss: either way its
+    adapters change nothing. Of an expert that got no token, or a layer that was skipped at random,
+    a later batch tells more.
+
+    Layers of which nothing is trainable are left out.
+    """
+    names = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, MixedLoRALinear):
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            if trained and all(p.grad is None for p in trained):
+                names.append(name)
+    return names
+
+
 def _kaiming_uniform(tensor: Tensor, generator: torch.Generator | None) -> None:
     drawn = torch.empty_like(tensor, device=generator.device if generator else tensor.device)
     tensor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
@@ -227,16 +248,3 @@ def _kaiming_uniform(tensor: Tensor, generator: torch.Generator | None) -> None:
 
 def _are_weights(mixer: object) -> bool:
     return isinstance(mixer, tuple) and len(mixer) == 2 and all(map(math.isfinite, mixer))
-
-
-def _stores_transposed(base: Any) -> bool:
-    """Whether the weight is stored as [K, N]; raises TypeError for a layer of another kind."""
-    conv1d = type(base).__name__ == "Conv1D" and hasattr(base, "nf")
-    if not (conv1d or isinstance(base, nn.Linear)):
-        raise TypeError(
-            "base must be an nn.Linear or a Conv1D, a bitsandbytes Linear4bit or Linear8bitLt, "
-            f"or an Fp8Linear, got {type(base).__name__}"
-        )
-    if not base.weight.dtype.is_floating_point:
-        raise TypeError(f"base.weight must be floating point, got {base.weight.dtype}")
-    return conv1d

@@ -1,7 +1,7 @@
 """Both implementations as operators, which torch.compile calls without looking inside."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ _BACKWARD = (
     f"(Tensor dy, Tensor x, Tensor? weight, Tensor low, Tensor gates, {_BRANCHES}, bool[] needs, "
     f"{_PACKED}) -> Tensor[]"
 )
-_COUNT = len(Branches._fields)
+_COUNT = len(Branches._fields) - 1  # a kind of call is for eager calls
 _NAMES = {"torch": "merged", "triton": "fused"}
 
 
-def _module(impl: str) -> Any:
+@cache
+def module(impl: str) -> Any:
+    """The implementation of "torch" or "triton"."""
     if impl == "torch":
         return merged
     from . import fused  # only here, since it needs Triton
@@ -48,7 +50,7 @@ def _run_forward(
     impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     branches, base = Branches(*rest[:_COUNT]), _base(weight, rest[_COUNT:])
-    y, low, gates = _module(impl).forward(x, base, bias, branches)
+    y, low, gates, *_ = module(impl).forward(x, base, bias, branches)
     return y, low, x.new_empty(0) if gates is None else gates
 
 
@@ -57,7 +59,7 @@ def _run_backward(
 ) -> list[Tensor]:
     mixed, needs, *packed = Branches(*rest[:_COUNT]), *rest[_COUNT:]
     held = None if mixed.mixer is None else gates
-    grads = _module(impl).backward(dy, x, _base(weight, packed), low, held, mixed, needs)
+    grads = module(impl).backward(dy, x, _base(weight, packed), low, held, mixed, needs)
     # An operator's outputs must not share storage; gradients cut from one product do.
     return [
         grad if i == 0 and needs[0] else grad.clone(memory_format=torch.contiguous_format)
@@ -104,7 +106,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     operator = getattr(torch.ops.fedalt_kernels, f"{name}_forward")
     matrix, packed = _split(weight)
-    y, low, gates = operator(x, matrix, bias, *branches, *packed)
+    y, low, gates = operator(x, matrix, bias, *branches[:_COUNT], *packed)
     return y, low, gates if branches.mixer is not None else None
 
 
@@ -121,7 +123,7 @@ def _backward(
     operator = getattr(torch.ops.fedalt_kernels, f"{name}_backward")
     held = low.new_empty(0) if gates is None else gates
     matrix, packed = _split(weight)
-    return operator(dy, x, matrix, low, held, *branches, needs, *packed)
+    return operator(dy, x, matrix, low, held, *branches[:_COUNT], needs, *packed)
 
 
 def _register(impl: str, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -195,8 +195,10 @@ def _fill_from_rows(weight: QuantizedWeight, out: Tensor, wide: torch.dtype) -> 
     data, scale = weight.tensors
     n, k = weight.shape
     scale = scale.to(wide).unsqueeze(1)
+    # As a tensor: by a number, PyTorch multiplies with its rounded inverse on a GPU.
+    divisor = scale.new_full((), INT8_RANGE)
     step = max(1, PIECE_ELEMENTS // k)
     for start in range(0, n, step):
         rows = slice(start, start + step)
         values = data[rows].to(wide).mul_(scale[rows])
-        out[rows] = values.div_(INT8_RANGE) if weight.kind == "int8" else values
+        out[rows] = values.div_(divisor) if weight.kind == "int8" else values

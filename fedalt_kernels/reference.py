@@ -42,13 +42,16 @@ def reference(
 ) -> Tensor:
     """The equation above; arguments as in `fedalt_kernels.mixed_lora_linear`, already checked.
 
-    x may have any number of leading dimensions; the mask counts rows over all of them.
+    x may have any number of leading dimensions; the mask counts rows over all of them.  Without a
+    seed the mask is PyTorch's own.
     """
     dtype = x.dtype
     y = torch.nn.functional.linear(x, weight, bias)
     dropped = x
     threshold = drop_threshold(dropout_p)
-    if threshold and seed is not None:
+    if threshold and seed is None:
+        dropped = torch.nn.functional.dropout(x, threshold / 256)
+    elif threshold and seed is not None:
         columns = x.shape[-1]
         keep = keep_mask(int(seed), x.shape[:-1].numel(), columns, threshold)
         dropped = torch.where(keep.to(x.device).view(x.shape), x, 0) * keep_scale(threshold)

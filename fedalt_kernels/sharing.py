@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .adapter import Branches, rows_of
-from .choice import implementation
+from .choice import implementation, plain
 from .dropout import draw_seed, drop_threshold, keep_scale
+from .plans import Plans
 
 Layer = Any  # a MixedLoRALinear, whose module imports this one
 
@@ -54,7 +55,7 @@ class SharedInput:
         Layers that turn out to read different tensors are released from sharing.
         """
         on_cpu = x.device.type == "cpu" and layer.impl != "triton"
-        if on_cpu or torch.compiler.is_compiling() or x.is_inference():
+        if on_cpu or torch.compiler.is_compiling() or plain(x) or x.is_inference():
             return None
         if self._x is None or self._x() is not x or self._version != x._version:
             if self._waiting:
@@ -73,17 +74,22 @@ class SharedInput:
     def _make(self, x: Tensor) -> None:
         self._forget()
         self._x, self._version = weakref.ref(x), x._version
-        if torch.is_autocast_enabled(x.device.type) or not self._alike(x):
+        if torch.is_autocast_enabled(x.device.type):
             return
         from . import fused  # only here, since it needs Triton
 
-        first = self.layers[0]
-        rows = rows_of(x)
         weights = [layer.weight for layer in self.layers]
-        ranks = [a.shape[0] for a, _ in first.adapters]
-        threshold = drop_threshold(first.dropout if first.training else 0.0)
-        if not fused.worth_sharing(rows, weights, ranks, threshold > 0):
+        key = (
+            *(x.shape, x.dtype, x.device, x.stride(), x.data_ptr() % 16),
+            *map(_settings, self.layers, weights),
+        )
+        worth = _worth.get(key)
+        if worth is None:
+            worth = _worth.made(key, lambda: self._is_worth_it(fused, x, weights))
+        if not worth:
             return
+        first = self.layers[0]
+        threshold = drop_threshold(first.dropout if first.training else 0.0)
         parts = []
         for layer in self.layers:
             adapters = layer.adapters
@@ -91,28 +97,40 @@ class SharedInput:
             scaling = layer.scaling * (keep_scale(threshold) if threshold else 1.0)
             downs, ups = [a for a, _ in adapters], [b for _, b in adapters]
             parts.append(Branches(downs, ups, layer.mixer, layer.fixed, scaling, threshold, seed))
-        strips = fused.shared_strips(rows, [weight.shape[0] for weight in weights], parts)
+        strips = fused.shared_strips(rows_of(x), [weight.shape[0] for weight in weights], parts)
         self._waiting = {
             id(layer): Made(branches.seed, strip, _versions(layer))
             for layer, branches, strip in zip(self.layers, parts, strips, strict=True)
         }
 
-    def _alike(self, x: Tensor) -> bool:
-        """Whether one launch serves all layers, as Triton kernels."""
+    def _is_worth_it(self, fused: Any, x: Tensor, weights: Sequence[Any]) -> bool:
+        """Whether one launch serves all layers, as Triton kernels, and is worth it."""
         first = self.layers[0]
-        return x.numel() > 0 and all(
-            implementation(layer.impl, x, layer.weight) == "triton"
-            and (layer.quantized or layer.weight.dtype == x.dtype)
-            and layer.in_features == x.shape[-1]
+        alike = x.numel() > 0 and all(
+            implementation(layer.impl, x, weight) == "triton"
+            and (layer.quantized or weight.dtype == x.dtype)
+            and weight.shape[1] == x.shape[-1]
             and (layer.mixer is None or layer.mixer.ndim == 2)
-            and _settings(layer) == _settings(first)
-            for layer in self.layers
+            and _settings(layer, weight)[:_SHARED] == _settings(first, weights[0])[:_SHARED]
+            for layer, weight in zip(self.layers, weights, strict=True)
         )
+        ranks = [a.shape[0] for a, _ in first.adapters]
+        dropout = first.training and first.dropout > 0
+        return alike and fused.worth_sharing(rows_of(x), weights, ranks, dropout)
 
 
-def _settings(layer: Layer) -> tuple[Any, ...]:
+_worth: Plans[bool] = Plans()
+_SHARED = 5  # settings that layers must have in common
+
+
+def _settings(layer: Layer, weight: Any) -> tuple[Any, ...]:
+    """What decides on sharing of a layer: what the layers must have in common, then its own."""
     mode = layer.dropout if layer.training else 0.0
-    return layer.rank, layer.scaling, mode, layer.fixed, layer.mixer is None, len(layer.adapters)
+    mixer = layer._parameters["mixer"]
+    common = layer.rank, layer.scaling, mode, layer.fixed, (mixer is None, len(layer.names))
+    form = weight.stride() if isinstance(weight, Tensor) else weight.kind
+    own = weight.shape, form, layer.impl, None if mixer is None else mixer.ndim
+    return *common, *own, None if layer.quantized else weight.dtype
 
 
 def _versions(layer: Layer) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What a run is: frozen dataclasses of settings, from YAML or in code."""
 
 from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
+from fedalt.config.listing import list_settings
 from fedalt.config.schema import (
     BUILTIN_BASE,
     BUILTIN_VIT,
@@ -22,5 +23,6 @@ __all__ = [
     "ModelConfig",
     "PartitionConfig",
     "TrainConfig",
+    "list_settings",
     "load_config",
 ]

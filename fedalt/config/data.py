@@ -41,9 +41,11 @@ class DataConfig:
     """Only these clients, in this order; empty: all, in the order of their names (``sample`` and
     ``digits``: in their own)."""
     prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
+    """What a model reads before a record's answer."""
     prompt_with_input: str = (
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     )
+    """The same for a record that has an ``input``."""
     max_length: int = 512
     """Tokens of prompt and answer together; of a longer record the answer keeps its first half of
     them, the prompt its end."""

@@ -36,7 +36,9 @@ class ModelConfig:
     path: str = BUILTIN_BASE
     """A Hugging Face model id or folder; ``builtin`` and ``builtin-vit`` are in the package."""
     dtype: str = "float32"
+    """Of the base: ``float32``, ``bfloat16`` or ``float16``. What is trained is float32."""
     device: str = "cpu"
+    """As PyTorch calls it: ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     quantization: str = "none"
     """How the frozen linear layers, but the output head, are stored: ``nf4`` (4 bits, scales
     quantized too) and ``int8`` by bitsandbytes, ``fp8`` (e4m3) by this package; ``none``: in
@@ -52,10 +54,14 @@ class LoraConfig:
     """The adapters put into every targeted linear layer; the scale is ``alpha / rank``."""
 
     rank: int = 8
+    """Columns of B and rows of A of each adapter."""
     alpha: float = 16.0
+    """Each B A x is scaled by ``alpha / rank``."""
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of linear layers (``q_proj``), as in PEFT; ``all-linear``: all but the output head."""
+    """The share of an adapter's input that training leaves out."""
+    target_modules: str | tuple[str, ...] = ("all-linear",)
+    """Linear layers, as in PEFT: a list of names or their endings (``[q_proj, v_proj]``), or, as
+    text, a regular expression that matches whole names; ``all-linear``: all but the output head."""
     impl: str = "auto"
     """How adapted layers are computed: ``triton``, ``torch``, ``reference``; ``auto`` chooses."""
     modules_to_save: tuple[str, ...] = ()
@@ -69,7 +75,10 @@ class LoraConfig:
         require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
         require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
         require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
-        require(len(self.target_modules) > 0, "lora.target_modules", "a list of names", [])
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            object.__setattr__(self, "target_modules", ("all-linear",))  # one way to say it
+        named = "".join(self.target_modules) != ""
+        require(named, "lora.target_modules", "a list of names or a pattern", self.target_modules)
         require_one_of(("auto", "triton", "torch", "reference"), "lora.impl", self.impl)
         for name, rank in self.client_ranks.items():
             require(rank >= 0, f"lora.client_ranks.{name}", "at least 0", rank)
@@ -80,15 +89,21 @@ class TrainConfig:
     """Local training of one client in one round; optimizer and schedule start afresh each round."""
 
     batch_size: int = 16
+    """Records a step."""
     epochs: int = 5
+    """Passes over a client's records in a round, where ``max_steps`` is null."""
     max_steps: int | None = 30
     """Steps a round whatever the number of records; null: ``epochs`` passes over the records."""
     learning_rate: float = 4e-3
+    """AdamW's, after the warm-up."""
     weight_decay: float = 0.0
+    """AdamW's, of everything that is trained."""
     lr_scheduler: str = "linear"
     """What follows the warm-up: ``linear`` or ``cosine`` decay to zero, or ``constant``."""
     warmup_steps: int = 3
+    """Steps of a linear rise to ``learning_rate``, in every round."""
     max_grad_norm: float = 1.0
+    """A step's gradient of a larger norm is scaled down to it."""
     optimizer: str = "adamw"
     """``adamw``, or with moments of 8 bits, by bitsandbytes, ``adamw_8bit``; or these in memory
     that a GPU pages out to the host, ``paged_adamw_8bit``. Tensors of fewer than 4096 numbers keep
@@ -143,6 +158,7 @@ class FederationConfig:
     ``median``, or ``clipped`` (changes of more than the median norm are scaled down to it; of what
     a Rest-of-World last counted of the client, else of what the client started from)."""
     trim: float = 0.1
+    """Of ``aggregate: trimmed``: the share of the clients left out at either end."""
     max_norm_ratio: float | None = 10.0
     """An update of more than this times the round's median norm is refused; null: never."""
     holdout: float = 0.0
@@ -176,8 +192,11 @@ class EvaluateConfig:
     every: int = 1
     """Rounds between evaluations; round 0 and the last are always evaluated."""
     batch_size: int = 128
+    """Records that are scored at once."""
     max_new_tokens: int = 80
+    """The longest generated answer, in tokens."""
     num_beams: int = 1
+    """Beams of the search for an answer; 1: greedy."""
     parts: bool = True
     """After the last round, score each of a client's two adapters alone as well."""
 
@@ -192,8 +211,11 @@ class Config:
     """A whole run. Equal configs, data and device give bit-identical runs."""
 
     method: str = "fedalt"
+    """What is trained, sent and installed, by name: ``fedalt``, ``local``, ``fedit``, ..."""
     rounds: int = 6
+    """Of local training, each with an exchange after it."""
     seed: int = 0
+    """Of everything that is drawn."""
     out: str = ""
     """The run directory; empty: ``runs/<data>-<method>``, numbered when that is taken."""
     threads: int | None = None

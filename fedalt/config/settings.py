@@ -13,9 +13,15 @@ import yaml
 from fedalt.config.schema import Config
 from fedalt.errors import InputError
 
+READY = Path(__file__).parents[1] / "assets" / "configs"
+"""The configs that come with the package, known by their names."""
+
 
 def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
     """Read a YAML file (none: all defaults), lay ``key.path=value`` overrides over it, check all.
+
+    Args:
+        path: of a file, or the name of a ready config, such as ``llama2-7b-flan``.
 
     Raises:
         InputError: the file is missing or no YAML mapping, or a key or value is not known.
@@ -25,7 +31,7 @@ def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ())
     if path is not None:
         where = str(path)
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            loaded = yaml.safe_load(_file_of(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"{path}: cannot read the config: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -44,6 +50,19 @@ def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ())
         return config_from_dict(settings)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def _file_of(path: str | Path) -> Path:
+    """``path`` itself, or the ready config that a single word names; a file of that name wins."""
+    file, word = Path(path), str(path)
+    if file.is_file() or file.suffix or len(file.parts) != 1:
+        return file
+    ready = {known.stem: known for known in sorted(READY.glob("*.yaml"))}
+    if word not in ready:
+        near = difflib.get_close_matches(word, ready, n=1)
+        hint = f"did you mean {near[0]}? known" if near else "known"
+        raise InputError(f"{word}: no such file and no ready config; {hint}: {', '.join(ready)}")
+    return ready[word]
 
 
 def config_from_dict(settings: dict[str, Any]) -> Config:
@@ -94,11 +113,14 @@ def _nearest(key: str, prefix: str) -> str:
 
 
 def _coerce(kind: Any, value: Any, key: str) -> Any:
-    """``value`` as ``kind``; an int may stand for a float, and one word for a list of one."""
+    """``value`` as ``kind``; an int may stand for a float, and one word for a list of one where
+    text is nothing else.
+    """
     if get_origin(kind) in (Union, types.UnionType):
         if value is None:
             return None
-        kind = next(option for option in get_args(kind) if option is not type(None))
+        kinds = [option for option in get_args(kind) if option is not type(None)]
+        kind = next((option for option in kinds if option is type(value)), kinds[-1])
     if get_origin(kind) is dict:
         if not isinstance(value, dict):
             raise InputError(f"{key} must be a mapping, got {value!r}")

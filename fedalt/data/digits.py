@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fedalt.data.images import ImageRecord
-from fedalt.errors import InputError
+from fedalt.errors import not_installed
 
 TRAIN_SHARES = (20, 16, 12, 8, 5, 3)
 """Train images of a client's first, second, ... digit."""
@@ -139,6 +139,6 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("data: digits needs scikit-learn; pip install scikit-learn") from None
+        raise not_installed("data.path=digits", "scikit-learn", "data") from None
     data = load_digits()
     return np.rint(data.images * (255 / 16)).astype(np.uint8), data.target

@@ -48,7 +48,8 @@ class ImageRecord:
         """
         head = f"{self.label}\0{self.category}\0"
         if isinstance(self.image, Path):
-            return f"{head}{self.image.name}\0{_size(self.image)}\0".encode()
+            named = f"{head}{self.image.name}\0{_size(self.image)}\0"  # of any bytes, as files are
+            return named.encode(errors="surrogateescape")
         if isinstance(self.image, np.ndarray):
             array = np.ascontiguousarray(self.image)
             return f"{head}{array.shape} {array.dtype}\0".encode() + array.tobytes()

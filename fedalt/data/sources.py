@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from fedalt.errors import InputError
+from fedalt.errors import InputError, not_installed
 
 BUILDERS = {
     ".jsonl": "json",
@@ -41,9 +41,7 @@ def import_datasets(wanted_by: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError(
-            f"{wanted_by} needs the library datasets; pip install fedalt[data]"
-        ) from None
+        raise not_installed(wanted_by, "datasets", "data") from None
     return datasets
 
 

@@ -14,7 +14,7 @@ from fedalt.data import Example, ImageExample, Record, collate
 from fedalt.evaluation.answers import Answers
 from fedalt.evaluation.likelihood import choice_scores
 from fedalt.evaluation.metrics import named_option, text_scores
-from fedalt.model import GateMeter
+from fedalt.model import GateMeter, sum_dtype
 from fedalt.training import answer_loss
 
 
@@ -44,7 +44,7 @@ def evaluate_text(
     model.eval()
     device = next(model.parameters()).device
     answers = [""] * len(examples)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=sum_dtype(device), device=device)
     longest_first = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     for start in range(0, len(examples), config.batch_size):
         rows = longest_first[start : start + config.batch_size]
@@ -107,7 +107,7 @@ def evaluate_images(
     """
     model.eval()
     weight = next(model.parameters())
-    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    total = torch.zeros(2, dtype=sum_dtype(weight.device), device=weight.device)
     with meter or nullcontext():
         for start in range(0, len(examples), batch_size):
             chunk = examples[start : start + batch_size]
@@ -115,7 +115,7 @@ def evaluate_images(
             labels = torch.tensor([example.label for example in chunk], device=logits.device)
             loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             best = logits.argmax(-1)
-            total += torch.stack([(best == labels).sum(), loss]).double()
+            total += torch.stack([(best == labels).sum(), loss]).to(total.dtype)
             if found is not None:
                 found += best.tolist()
     right, loss = (total / len(examples)).tolist()

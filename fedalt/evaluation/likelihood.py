@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedalt.data import Example, Record, collate
+from fedalt.model import sum_dtype
 from fedalt.training import token_losses
 
 
@@ -63,7 +64,7 @@ def option_nats(
         for _ in record.options
     ]
     device = next(model.parameters()).device
-    nats = torch.full((len(rows),), math.inf, dtype=torch.float64, device=device)
+    nats = torch.full((len(rows),), math.inf, dtype=sum_dtype(device), device=device)
     longest_first = sorted(
         (place for place, row in enumerate(rows) if row.answer),
         key=lambda place: -len(rows[place].prompt + rows[place].answer),
@@ -71,5 +72,5 @@ def option_nats(
     for start in range(0, len(longest_first), batch_size):
         chosen = longest_first[start : start + batch_size]
         batch = collate([rows[place] for place in chosen], tokenizer.pad_token_id, device)
-        nats[chosen] = token_losses(model, batch).double().sum(1)
+        nats[chosen] = token_losses(model, batch).to(nats.dtype).sum(1)
     return [part.tolist() for part in nats.split([len(record.options) for record in records])]

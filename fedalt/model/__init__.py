@@ -1,6 +1,13 @@
 """The frozen base, the mixed-LoRA layers in it, and a client as a state of tensors."""
 
-from fedalt.model.base import checkpoint_of, inject, load_base, output_head, usable_device
+from fedalt.model.base import (
+    checkpoint_of,
+    inject,
+    load_base,
+    output_head,
+    sum_dtype,
+    usable_device,
+)
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
 from fedalt.model.logits import mark_chunkable
@@ -26,7 +33,9 @@ from fedalt.model.states import (
     renamed,
     select,
     set_trainable,
+    without_gradient,
 )
+from fedalt.model.targets import in_short, kind_of
 from fedalt.model.vision import fit_head, load_image_base
 
 __all__ = [
@@ -46,9 +55,11 @@ __all__ = [
     "client_tensors",
     "fit_head",
     "fresh_state",
+    "in_short",
     "individual_state",
     "inject",
     "is_part",
+    "kind_of",
     "load_adapter_state",
     "load_base",
     "load_image_base",
@@ -60,5 +71,7 @@ __all__ = [
     "renamed",
     "select",
     "set_trainable",
+    "sum_dtype",
     "usable_device",
+    "without_gradient",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedalt.config import BUILTIN_BASE, BUILTIN_VIT, ModelConfig
-from fedalt.errors import InputError, first_line
+from fedalt.errors import InputError, InputWarning, first_line
 from fedalt.model.logits import mark_chunkable
 from fedalt.model.quantized import finish_loading, is_quantized, loading_options
+from fedalt.model.targets import find_targets, is_all_linear, left_out
 from fedalt_kernels import MixedLoRALinear
 
-ALL_LINEAR = "all-linear"
 # Names under which layers of one module read the same input, in the order in which they are called.
 READ_ONE_INPUT = [
     ("q_proj", "k_proj", "v_proj"),
@@ -65,6 +66,11 @@ def usable_device(name: str) -> torch.device:
         raise InputError(f"model.device: {name!r} cannot be used: {first_line(error)}") from None
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Of sums that stay on the device: float64, or float32 on an Apple GPU, which has no wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that makes the logits of tokens or classes, where the model tells."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -86,11 +92,16 @@ def inject(
 ) -> nn.Module:
     """Freeze ``model`` and replace its targeted linear layers by ``MixedLoRALinear``, in place.
 
+    On the meta device adapters get no values either: after ``to_empty``, load a state, or draw one
+    by each layer's ``reset_parameters``.
+
     Args:
         model: any model of ``nn.Linear`` or Conv1D layers.
         rank, alpha, dropout: of every adapter; the scale is ``alpha / rank``.
-        target_modules: layer names as in PEFT: a full dotted name or its ending. ``all-linear``
-            is every linear layer but the output head.
+        target_modules: layer names as in PEFT. A list is of full dotted names or their endings; a
+            text is a regular expression that matches a whole dotted name, or ``all-linear``: every
+            linear layer but the output head. What that leaves out otherwise, such as experts kept
+            as stacks of matrices, is told by an ``InputWarning``.
         seed: of the first A and mixer; equal seeds give equal starts whatever the device.
         rest_of_world: with the frozen second adapter; without it each layer is one plain LoRA.
         mixer, impl: as in ``MixedLoRALinear``.
@@ -101,35 +112,92 @@ def inject(
         The same model.
 
     Raises:
-        InputError: a name that no linear layer of the model has, adapters are in already, or
-            ``impl`` cannot run here.
+        InputError: a name or pattern that fits no linear layer of the model, a layer that computes
+            more than ``W x + b`` or whose weight is read past its forward, adapters are in already
+            (ours or PEFT's), or ``impl`` cannot run here.
     """
-    names = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    if any(isinstance(module, MixedLoRALinear) for module in model.modules()):
-        raise InputError("inject: the model has its adapters already; load a state instead")
-    targets = [name for name in _target_names(model, names) if name not in modules_to_save]
+    _refuse_unready(model)
+    targets = find_targets(model, target_modules, output_head(model), modules_to_save)
     model.requires_grad_(False)
+    _train_whole(model, modules_to_save)
+    everything = is_all_linear(target_modules)
+    layers: dict[nn.Module, MixedLoRALinear] = {}
+    unfit = []
+    for base, (name, *_) in targets.items():
+        try:
+            layers[base] = MixedLoRALinear(
+                base, rank, alpha, dropout, rest_of_world=rest_of_world, mixer=mixer, impl=impl
+            )
+        except TypeError as error:
+            if not everything:
+                raise InputError(f"lora.target_modules: {name}: {error}") from None
+            unfit.append(name)
+    if everything and (told := left_out(model, unfit)):
+        warnings.warn(told, InputWarning, stacklevel=2)
+    if not layers:
+        raise InputError("lora.target_modules: the model has no linear layer that takes adapters")
     generator = torch.Generator().manual_seed(seed)
-    for name in targets:
-        parent, _, leaf = name.rpartition(".")
-        base = model.get_submodule(name)
-        layer = MixedLoRALinear(
-            base, rank, alpha, dropout, rest_of_world=rest_of_world, mixer=mixer, impl=impl
-        )
+    for base, layer in layers.items():
         layer.reset_parameters(generator)
         layer.train(base.training)
-        setattr(model.get_submodule(parent), leaf, layer)
-    _train_whole(model, modules_to_save)
+        for name in targets[base]:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+    adapted = [targets[base][0] for base in layers]
+    _rename_ties(model, adapted)
+    _call_encoders(model)
     _try_out(layer)
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in targets):
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in adapted):
         _share_inputs(model.get_submodule(parent))
     return model
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, MixedLoRALinear):
+            raise InputError("inject: the model has its adapters already; load a state instead")
+        if any(each.__name__ == "BaseTunerLayer" for each in type(module).__mro__):
+            raise InputError(
+                "inject: the model has adapters of PEFT in it; take them out with its unload() or "
+                "merge_and_unload(), and inject into what that returns"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise InputError(f"inject: {name} has no shape yet; call the model once first")
+
+
+def _rename_ties(model: nn.Module, adapted: Sequence[str]) -> None:
+    """Tell transformers under which names it finds the tied weights of adapted layers."""
+    for prefix, module in model.named_modules():
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(module, attribute, None)
+            if isinstance(ties, dict) and ties:
+                inside = [name.removeprefix(f"{prefix}.") for name in adapted]
+                now = {
+                    f"{n}.{own}": f"{n}.base.{own}" for n in inside for own in ("weight", "bias")
+                }
+                setattr(module, attribute, {now.get(k, k): now.get(v, v) for k, v in ties.items()})
+
+
+def _call_encoders(model: nn.Module) -> None:
+    """Keep PyTorch's encoders from reading their linear layers' weights in evaluation.
+
+    Their fast path computes with those alone; without it the layers are called, as in training.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
+            isinstance(inner, MixedLoRALinear) for inner in module.modules()
+        ):
+            module.use_nested_tensor = False
+            module.activation_relu_or_gelu = 0
 
 
 @torch.no_grad()
 def _try_out(layer: MixedLoRALinear) -> None:
     """Refuses an implementation that cannot run, before anything is trained with it."""
     like = layer.weight if isinstance(layer.weight, Tensor) else layer.individual.a
+    if like.is_meta:
+        return
     try:
         layer(like.new_zeros(1, layer.in_features))
     except RuntimeError as error:
@@ -154,13 +222,20 @@ def _train_whole(model: nn.Module, names: Sequence[str]) -> None:
             raise InputError(
                 f"lora.modules_to_save: {name!r} is tied to another module; leave it out"
             )
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
+        narrow = [p.dtype for p in module.parameters() if p.dtype.itemsize < 4]
+        if narrow and isinstance(module, nn.Embedding):
+            module.float().register_forward_hook(partial(_narrow, narrow[0]))
+        elif narrow:
             module.float().register_forward_pre_hook(_widen)
     model.fedalt_heads = tuple(names)  # type: ignore[assignment]
 
 
 def _widen(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return arguments[0].float(), *arguments[1:]
+
+
+def _narrow(dtype: torch.dtype, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 def _share_inputs(module: nn.Module) -> None:
@@ -170,34 +245,3 @@ def _share_inputs(module: nn.Module) -> None:
         adapted = [layer for layer in layers if isinstance(layer, MixedLoRALinear)]
         if len(adapted) > 1:
             MixedLoRALinear.share_input(adapted)
-
-
-def _target_names(model: nn.Module, wanted: tuple[str, ...]) -> list[str]:
-    """Dotted names of the layers to replace, in the model's order."""
-    head = output_head(model)
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if name and (_is_linear(module) or is_quantized(module))
-    }
-    body = [name for name, module in linear.items() if module is not head]
-    if wanted == (ALL_LINEAR,):
-        return body
-    for target in wanted:
-        if not any(_matches(name, target) for name in linear):
-            leaves = sorted({name.rpartition(".")[2] for name in body})
-            near = difflib.get_close_matches(target, leaves, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            known = ", ".join(leaves)
-            raise InputError(
-                f"lora.target_modules: no linear layer is named {target!r}; {hint}known: {known}"
-            )
-    return [name for name in linear if any(_matches(name, target) for target in wanted)]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")

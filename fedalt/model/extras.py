@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from types import ModuleType
 
-from fedalt.errors import InputError
+from fedalt.errors import not_installed
 
 
 def bitsandbytes(setting: str) -> ModuleType:
@@ -18,7 +18,7 @@ def bitsandbytes(setting: str) -> ModuleType:
         import accelerate  # noqa: F401  transformers quantizes with it
         import bitsandbytes
     except ImportError:
-        raise InputError(f"{setting} wants bitsandbytes: pip install 'fedalt[quantized]'") from None
+        raise not_installed(setting, "bitsandbytes", "quantized") from None
     finally:
         noisy.setLevel(level)
     return bitsandbytes

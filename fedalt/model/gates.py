@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fedalt.model.base import sum_dtype
 from fedalt.model.states import mixed_layers
 
 
@@ -21,8 +22,8 @@ class GateMeter:
 
     Padding does not count where the model is given an ``attention_mask`` [B, L] by that name. A
     layer may see all L positions, the last of them alone or, flattened, x [B L, K]; calls that see
-    other tokens, of which the mask does not tell, as an expert's do, do not count. Sums are fp64
-    and stay on the device until ``means``.
+    other tokens, of which the mask does not tell, as an expert's do, do not count. Sums are of
+    ``sum_dtype`` and stay on the device until ``means``.
 
     Layers whose weights do not depend on the token report these, with or without a pass; layers
     that add both adapters with weight 1 have no gate and report nothing.
@@ -63,7 +64,8 @@ class GateMeter:
             elif layer.fixed is not None:
                 means[name] = layer.fixed[0]
             elif layer.mixer is not None and layer.mixer.ndim == 1:
-                means[name] = layer.mixer.detach().double().softmax(0)[0].item()
+                mixer = layer.mixer.detach()
+                means[name] = mixer.to(sum_dtype(mixer.device)).softmax(0)[0].item()
         return means
 
     def _see_mask(
@@ -75,7 +77,8 @@ class GateMeter:
         @torch.no_grad()
         def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
             x, mixer = args[0], layer.mixer
-            gate = (x.to(mixer.dtype) @ mixer.T).softmax(-1)[..., 0].double()
+            gate = (x.to(mixer.dtype) @ mixer.T).softmax(-1)[..., 0]
+            gate = gate.to(sum_dtype(gate.device))
             real = _real_tokens(self._mask, gate)
             if real is not None:
                 seen = torch.stack([gate.masked_fill(~real, 0).sum(), real.sum()])

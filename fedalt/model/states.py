@@ -6,6 +6,7 @@ One base serves all clients. A client is a ``State``, copied into the model when
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fedalt.errors import InputError
 from fedalt.model.quantized import is_quantized
-from fedalt_kernels import MixedLoRALinear, QuantizedWeight
+from fedalt_kernels import MixedLoRALinear, QuantizedWeight, unused_layers
 
 State = dict[str, Tensor]
 """Tensors by name, such as ``model.layers.0.self_attn.q_proj.individual.a``."""
@@ -97,6 +98,16 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> None:
         tensor.requires_grad_(any(is_part(name, part) for part in parts))
 
 
+def without_gradient(model: nn.Module) -> list[str]:
+    """Names of the adapted layers, then of the trained heads, that no gradient has reached."""
+    names = unused_layers(model)
+    for name in getattr(model, "fedalt_heads", ()):
+        trained = [p for p in model.get_submodule(name).parameters() if p.requires_grad]
+        if trained and all(p.grad is None for p in trained):
+            names.append(name)
+    return names
+
+
 def fresh_state(model: nn.Module, seed: int) -> State:
     """A first state: adapters and mixers drawn from ``seed``, the head as it stands."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,9 +149,17 @@ class BaseWeights:
         """Copies every adapted layer's weight [N, K] into host memory.
 
         Raises:
-            InputError: one is quantized, as a checkpoint of few bits has them.
+            InputError: one is quantized, as a checkpoint of few bits has them, or tied to another
+                module, as an output head to the embeddings, which would change with it.
         """
         self._model = model
+        owners = Counter(id(p) for module in model.modules() for p in module.parameters(False))
+        for name, layer in mixed_layers(model):
+            if any(owners[id(p)] > 1 for p in layer.base.parameters()):
+                raise InputError(
+                    f"lora.target_modules: {name} is tied to another module, and this method adds "
+                    "to base weights; leave it out"
+                )
         self._first = {
             name: _dense(layer).to("cpu", copy=True) for name, layer in mixed_layers(model)
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedalt.errors import InputError
+from fedalt.errors import not_installed
 from fedalt.report.events import Event, metrics_of, read_events_of
 from fedalt.report.summary import read_results
 
@@ -30,7 +30,7 @@ def write_tensorboard(run_dir: Path) -> Path:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("--tensorboard: not installed; pip install tensorboard") from None
+        raise not_installed("--tensorboard", "tensorboard", "tensorboard") from None
     events, results = read_events_of(run_dir), read_results(run_dir)
     root = run_dir / "report" / "tensorboard"
     shutil.rmtree(root, ignore_errors=True)

@@ -79,7 +79,8 @@ def check_cohort(clients: Sequence[str], config: Config, method: Method) -> None
 
 def derive_seed(seed: int, round_number: int, client_id: str) -> int:
     """A 63-bit seed that belongs to one client's round, whatever ran before it."""
-    digest = hashlib.sha256(f"{seed}/{round_number}/{client_id}".encode()).digest()
+    text = f"{seed}/{round_number}/{client_id}"  # an id may be a folder's name of any bytes
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

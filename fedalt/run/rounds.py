@@ -27,7 +27,7 @@ from fedalt.store import (
     Progress,
     StoredState,
 )
-from fedalt.training import train_client
+from fedalt.training import UnusedLayers, train_client
 
 TRAINED, UPDATE = "trained", "update"
 """Groups of the draft that live for one round."""
@@ -112,6 +112,8 @@ class Play:
             )
             trained = adapter_state(stage.model)
             update = hand_in(trained, stage.sends(client), client)
+        except UnusedLayers:  # as it would be of every client
+            raise
         except Exception as error:  # one client's fault must not end the others' round
             return f"{client}: {self.journal.fail(self.number, client, error)}; see errors.log"
         self.micro_batch = result.micro_batch

@@ -32,6 +32,7 @@ COUNTED = "counted"
 _NAME = re.compile(r"round-(\d{4,})")
 _MANIFEST, LATEST = "manifest.json", "latest"
 DRAFT = ".draft-"
+_FOLDERS_OPEN = os.name != "nt"  # Windows opens none, and keeps their entries by itself
 """Begins the name of what a kill may leave half written; it counts as nothing."""
 
 
@@ -286,6 +287,8 @@ def _file(root: Path, group: str, name: str) -> Path:
 
 def _sync(path: Path) -> None:
     """See a file or a folder to disk."""
+    if path.is_dir() and not _FOLDERS_OPEN:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

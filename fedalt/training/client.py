@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fedalt.config import TrainConfig
-from fedalt.model import State, set_trainable
+from fedalt.model import State, set_trainable, sum_dtype
 from fedalt.training.activations import offloading, recomputing
 from fedalt.training.micro import Count, Loss, largest_gradient
 from fedalt.training.optimizers import moments_of, optimizing
+from fedalt.training.unused import UnusedWatch
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,16 @@ def train_client(
         optimizer: the moments of an earlier ``TrainResult``, or an empty mapping to begin with;
             None where nobody keeps them.
         on_step: called after every step, for progress.
+
+    Raises:
+        UnusedLayers: after the first backward, of layers whose adapters no gradient reached.
     """
     steps = count_steps(len(examples), config)
     order = torch.Generator().manual_seed(seed)
     stream = batches(examples, config, order)
     device = next(model.parameters()).device
     total, moments, done, size = (
-        torch.zeros((), dtype=torch.float64, device=device),
+        torch.zeros((), dtype=sum_dtype(device), device=device),
         dict[str, Tensor](),
         0,
         config.micro_batch,
@@ -92,17 +96,20 @@ def train_client(
                 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
                 if not trained or not share:
                     continue
+                watch = UnusedWatch(model)
                 with optimizing(trained, config, optimizer or {}) as adamw:
                     schedule = LambdaLR(adamw, _schedule(share, config))
                     for _ in range(share):
                         batch = next(stream)
                         step_loss, size = largest_gradient(model, batch, offloaded, count, size)
+                        watch.look()
                         torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
                         adamw.step()
                         schedule.step()
                         adamw.zero_grad(set_to_none=True)
                         total += step_loss
                         on_step()
+                    watch.tell()
                     done += share
                     if optimizer is not None:
                         moments |= moments_of(trained, adamw)

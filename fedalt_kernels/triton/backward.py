@@ -3,14 +3,15 @@
 dX is then made by `contract`; `overlapped_backward` is both in one launch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch
 from .strips import spread_outputs, spread_rows
-from .tiles import Ranks, described, precision, tile_for
+from .tiles import Ranks, Span, boxed, precision, tile_for
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -74,43 +75,37 @@ def _spread(
     )
 
 
-def spread(
+def spreading(
     dy: Tensor,
-    up: Tensor,
-    low: Tensor,
-    gates: Tensor | None,
+    gated: bool,
     weights: Sequence[float],
     ranks: Ranks,
     scaling: float,
-    span: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dP, dl and shares of dB, in one pass over dY.
+    span: Span | None,
+) -> tuple[Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], int]:
+    """Plans dP, dl and shares of dB, in one pass over dY; and says how many shares.
 
     Args:
-        dy: [M, N].
-        up: [N, RANKS], the packed up-projections, s included.
-        low, gates: P [M, R] and g [M, E] or None, from the forward.
-        weights: E fixed gates, where there are no others.
+        dy: [M, N], or one like it.
+        gated: whether there is a mixer; else `weights`, E fixed gates, gate.
         scaling: s, for dB.
-        span: (first rank, number of ranks, padded to a power of two) of the dB that is wanted of
-            the same pass, or None.
+        span: the dB that is wanted of the same pass, or None.
 
     Returns:
-        dP [M, RANKS] in dY's dtype, dl [M, 8] in float32 or None without gates, and dB's shares
-        [row blocks, N, ranks of the span] in float32 or None without a span.
+        Of dY, up [N, RANKS], P [M, R] and g [M, E] or None: dP [M, RANKS] in dY's dtype, dl [M, 8]
+        in float32 or None without gates, and dB's shares [row blocks, N, ranks of the span] in
+        float32 or None without a span.
     """
     m, n = dy.shape
     tile, tma = tile_for("spread", ranks, dy)
-    dlow, dlogits, dup = spread_outputs(dy, ranks, gates, span, tile.m)
-    _spread[(triton.cdiv(m, tile.m),)](
-        dy=described(dy, tile.m, tile.n, tma),
-        up=up,
-        low=low,
-        gates=gates,
+    outputs = spread_outputs(dy, ranks, gated, span, tile.m)
+    launch = Launch(
+        _spread,
+        (triton.cdiv(m, tile.m),),
+        ("dy", "up", "low", "gates", "dlow", "dlogits", "dup"),
+        {"dy": boxed(m, n, dy.stride(0), (tile.m, tile.n), tma)},
+        tile.warps,
         weights=tuple(weights),
-        dlow=dlow,
-        dlogits=dlogits,
-        dup=dup,
         scaling=float(scaling),
         M=m,
         stride_dy=dy.stride(0),
@@ -121,14 +116,21 @@ def spread(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_R=ranks.block,
-        FIRST=span[0] if span else 0,
-        SPAN=span[1] if span else 0,
+        FIRST=span.first if span else 0,
+        SPAN=span.width if span else 0,
         STAGES=tile.stages,
-        GATED=gates is not None,
+        GATED=gated,
         JOINT=span is not None,
         EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(dy.dtype),
-        num_warps=tile.warps,
     )
-    return dlow, dlogits, dup
+
+    def run(
+        dy: Tensor, up: Tensor, low: Tensor, gates: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        made = outputs(dy)
+        launch(dy, up, low, gates, *made)
+        return made
+
+    return run, triton.cdiv(m, tile.m)

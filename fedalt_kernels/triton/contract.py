@@ -1,9 +1,12 @@
 """The base product with the adapters as its first contraction step; y forward, dX backward."""
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch
 from .primitives import (
     add_bias,
     add_mixer,
@@ -14,7 +17,7 @@ from .primitives import (
     store_block,
     tile_at,
 )
-from .tiles import GROUP_M, Ranks, described, precision, stored, tile_for
+from .tiles import GROUP_M, Ranks, boxed, flat, precision, stored, tile_for
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -91,53 +94,53 @@ def _contract(
     store_block(out, acc, row, at, M, C, C, BLOCK_M, BLOCK_N, TMA, PRECISION)
 
 
-def contract_with_strip(
+def contracting(
     left: Tensor,
     weight: Tensor,
-    strip: Tensor,
-    side: Tensor,
     ranks: Ranks,
     *,
-    bias: Tensor | None = None,
+    bias: bool = False,
     backward: bool = False,
-    dlogits: Tensor | None = None,
-    mixer: Tensor | None = None,
-    words: Tensor | None = None,
-    base: Tensor | None = None,
-) -> Tensor:
-    """Forward x Wᵀ + S upᵀ + b; backward dY W + mask ⊙ (dP down) + dl G.
+    gated: bool = False,
+    dropout: bool = False,
+    base: bool = True,
+) -> Callable[..., Tensor]:
+    """Plans, forward, x Wᵀ + S upᵀ + b; backward, dY W + mask ⊙ (dP down) + dl G.
 
     Args:
-        left: [M, L], x or dY.
+        left: [M, L], x or dY, or one like it.
         weight: [N, K], one of its strides 1.
-        strip: [M, RANKS], S or dP.
-        side: up [N, RANKS], or backward down [RANKS, K].
-        bias: [N] or None.
+        bias: whether there is one.
         backward: which of the two.
-        dlogits: dl [M, 8] in float32, or None without a mixer.
-        mixer: [E, K], contiguous, with `dlogits`.
-        words: the mask, from `dropout.mask_words`, or None without dropout.
-        base: the base product where it has been made already; it is overwritten by the result.
+        gated: backward, whether there is a mixer.
+        dropout: backward, whether there is a mask.
+        base: False where the base product comes ready made.
+
+    Returns:
+        Of left, weight, strip (S or dP [M, RANKS]), side (up [N, RANKS] or down [RANKS, K]), bias
+        [N], dl [M, 8] in float32, mixer [E, K], the mask's words from `dropout.masking` and the
+        ready base product, each None where there is none: the sum, in the base product's place if
+        there is one.
     """
     m = left.shape[0]
     length, columns = weight.shape if backward else weight.shape[::-1]
     rows = stored(weight)
     out_major = (rows is weight) != backward  # whether the contraction runs along its rows
-    out = left.new_empty(m, columns) if base is None else base
-    dropout = words is not None
     kernel = "contract_backward" if backward else "contract"
-    tile, tma = tile_for(kernel, ranks, left, rows, out, dropout=dropout, columns=columns)
+    like = flat(m, columns, left)
+    tile, tma = tile_for(kernel, ranks, left, rows, like, dropout=dropout, columns=columns)
     wide = (tile.n, tile.k) if out_major else (tile.k, tile.n)
-    _contract[(triton.cdiv(m, tile.m) * triton.cdiv(columns, tile.n),)](
-        left=described(left, tile.m, tile.k, tma),
-        weight=described(rows, *wide, tma),
-        strip=strip,
-        side=side,
-        bias=bias,
-        dlogits=dlogits,
-        mixer=mixer,
-        words=words,
-        out=described(out, tile.m, tile.n, tma),
+    boxes = {
+        "left": boxed(m, length, left.stride(0), (tile.m, tile.k), tma),
+        "weight": boxed(rows.shape[0], rows.shape[1], rows.stride(0), wide, tma),
+        "out": boxed(m, columns, columns, (tile.m, tile.n), tma),
+    }
+    launch = Launch(
+        _contract,
+        (triton.cdiv(m, tile.m) * triton.cdiv(columns, tile.n),),
+        ("left", "weight", "strip", "side", "bias", "dlogits", "mixer", "words", "out"),
+        boxes,
+        tile.warps,
         M=m,
         stride_left=left.stride(0),
         stride_weight=rows.stride(0),
@@ -151,15 +154,30 @@ def contract_with_strip(
         BLOCK_R=min(ranks.block, tile.k),
         GROUP_M=GROUP_M,
         STAGES=tile.stages,
-        BASE=base is None,
-        BIAS=bias is not None,
+        BASE=base,
+        BIAS=bias,
         BACKWARD=backward,
-        GATED=dlogits is not None,
+        GATED=gated,
         DROPOUT=dropout,
         OUT_MAJOR=out_major,
         EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(left.dtype),
-        num_warps=tile.warps,
     )
-    return out
+
+    def run(
+        left: Tensor,
+        weight: Tensor,
+        strip: Tensor,
+        side: Tensor,
+        bias: Tensor | None = None,
+        dlogits: Tensor | None = None,
+        mixer: Tensor | None = None,
+        words: Tensor | None = None,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        out = left.new_empty(m, columns) if base is None else base
+        launch(left, weight, strip, side, bias, dlogits, mixer, words, out)
+        return out
+
+    return run

@@ -12,7 +12,7 @@ promise it; a ticket, as `overlapped` draws one, would cost an estimated 0.7 of 
 that a whole launch takes at N = K = 4096.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..adapter import Branches
+from .launch import Launch
+from .pack import are_mixed, sources
 from .primitives import (
     GATES,
     LOGITS,
@@ -224,7 +227,12 @@ def _decode(
                 b_weight = load_factor(
                     weight, k, at, K, N, stride_weight, BLOCK_K, BLOCK_N, OUT_MAJOR, False
                 )
-            acc = dot(b_x, b_weight, acc, PRECISION)  # [m, k] [k, n]
+            if x.dtype.element_ty == tl.float32:
+                # Tile by tile, as cuBLAS sums: a single run over K would lose three times as much.
+                zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                acc += dot(b_x, b_weight, zero, PRECISION)  # [m, k] [k, n]
+            else:
+                acc = dot(b_x, b_weight, acc, PRECISION)
         if QUANTIZED and len(BLOCKS) == 0:
             b_scale = tl.load(statistics[0] + o_n, mask=o_n < N, other=0.0)
             acc *= (b_scale / divisor)[None, :]
@@ -238,52 +246,41 @@ def _decode(
     leave_clean(counts, 3)
 
 
-def decode(
+def decoding(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    mixer: Tensor | None,
+    bias: bool,
+    branches: Branches,
     weights: Sequence[float],
     ranks: Ranks,
-    scaling: float,
     quantized: Any = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y [M, N], P [M, R] and the gates [M, E] or None, for up to 64 rows, without dropout.
+) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """Plans y [M, N], P [M, R] and the gates [M, E] or None, for up to 64 rows, without dropout.
+
+    It is of x, the weight or a quantized one's data, the bias, branches and a quantized weight's
+    statistics.  Arguments are those of such a call, or like them.
 
     Args:
-        x, weight, bias: as of `overlapped`.
-        downs, ups: E of A_e [r_e, K] and of B_e [N, r_e], contiguous and of one dtype.
-        mixer: [E, K], contiguous, or None.
         quantized: what `weights.octets` made of a quantized weight, whose data is then `weight`.
     """
-    m, k = x.shape
-    n, e = weight.shape[0], len(downs)
+    (m, k), n, e = x.shape, weight.shape[0], len(branches.downs)
+    gated, mixed = branches.mixer is not None, are_mixed(branches)
     rows = stored(weight)
     tile, _ = tile_for("decode", ranks, x, rows)
     block_m = max(tile.m, triton.next_power_of_2(m))
     length = triton.cdiv(triton.cdiv(k, SLICES), tile.k) * tile.k
-    y, low = x.new_empty(m, n), x.new_empty(m, ranks.edges[-1])
-    gated = x.new_empty(block_m, ranks.padded)
-    gates = None if mixer is None else x.new_empty(m, e, dtype=torch.float32)
     width = ranks.padded + LOGITS.value
-    _decode[(SLICES + triton.cdiv(n, tile.n),)](
-        x=x,
-        weight=rows,
-        statistics=quantized.statistics if quantized else None,
-        bias=bias,
-        downs=tuple(downs),
-        ups=tuple(ups),
-        mixer=mixer,
+    launch = Launch(
+        _decode,
+        (SLICES + triton.cdiv(n, tile.n),),
+        (
+            *("x", "weight", "statistics", "bias", "downs", "ups", "mixer"),
+            *("y", "low", "gated", "gates", "partial", "counts"),
+        ),
+        None,
+        tile.warps,
         weights=tuple(weights),
-        y=y,
-        low=low,
-        gated=gated,
-        gates=gates,
-        partial=x.new_empty(SLICES, block_m, width, dtype=torch.float32),
-        counts=counters(x.device, 3),
-        scaling=float(scaling),
+        scaling=float(branches.scaling),
         divisor=quantized.divisor if quantized else 1.0,
         M=m,
         stride_x=x.stride(0),
@@ -299,12 +296,38 @@ def decode(
         STAGES=tile.stages,
         SLICES=SLICES,
         LENGTH=length,
-        BIAS=bias is not None,
-        GATED=mixer is not None,
+        BIAS=bias,
+        GATED=gated,
         OUT_MAJOR=rows is weight,
         QUANTIZED=quantized is not None,
         BLOCKS=quantized.blocks if quantized else (),
         PRECISION=precision(x.dtype),
-        num_warps=tile.warps,
     )
-    return y, low, gates
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        branches: Branches,
+        statistics: tuple[Tensor, ...] | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y, low = x.new_empty(m, n), x.new_empty(m, ranks.edges[-1])
+        gates = x.new_empty(m, e, dtype=torch.float32) if gated else None
+        launch(
+            x,
+            weight,
+            statistics,
+            bias,
+            sources(branches.downs, mixed),
+            sources(branches.ups, mixed),
+            None if branches.mixer is None else branches.mixer.contiguous(),
+            y,
+            low,
+            x.new_empty(block_m, ranks.padded),
+            gates,
+            x.new_empty(SLICES, block_m, width, dtype=torch.float32),
+            counters(x.device, 3),
+        )
+        return y, low, gates
+
+    return run

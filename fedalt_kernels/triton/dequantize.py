@@ -1,11 +1,15 @@
 """A quantized weight written out as a matrix, for the schedules that read one many times."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plans import MOST
+from .launch import Launch
 from .primitives import rounded, store_block
 from .quantized import load_absmax, load_octets, look_up
 from .tiles import precision
@@ -70,32 +74,47 @@ def dequantize(
         tensors, blocks: as of `fedalt_kernels.quantized.QuantizedWeight`, fp8 data as uint8.
         divisor: of the scales of rows.
     """
-    n, k = target.shape
+    source, *statistics = tensors
+    kinds = source.dtype, *[each.dtype for each in statistics]
+    launch = _dequantizing(target.shape, target.dtype, kinds, blocks, divisor, target.device)
+    launch(source, tuple(statistics) if blocks else statistics[0], target)
+    return target
+
+
+@lru_cache(maxsize=MOST)
+def _dequantizing(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    kinds: tuple[torch.dtype, ...],
+    blocks: tuple[int, ...],
+    divisor: float,
+    device: torch.device,
+) -> Launch:
+    """The launch for a kind of weight; of `kinds` and the device its compiled code depends."""
+    n, k = shape
     if blocks:
         groups = max(1, ELEMENTS // blocks[0])
-        _from_blocks[(triton.cdiv(n * k, groups * blocks[0]),)](
-            source=tensors[0],
-            statistics=tuple(tensors[1:]),
-            target=target,
+        return Launch(
+            _from_blocks,
+            (triton.cdiv(n * k, groups * blocks[0]),),
+            ("source", "statistics", "target"),
+            warps=WARPS,
             N=n,
             K=k,
             BLOCKS=blocks,
             GROUPS=groups,
-            PRECISION=precision(target.dtype),
-            num_warps=WARPS,
+            PRECISION=precision(dtype),
         )
-    else:
-        width = ELEMENTS // ROWS
-        _from_rows[(triton.cdiv(n, ROWS) * triton.cdiv(k, width),)](
-            source=tensors[0],
-            scale=tensors[1],
-            target=target,
-            divisor=divisor,
-            N=n,
-            K=k,
-            BLOCK_N=ROWS,
-            BLOCK_K=width,
-            PRECISION=precision(target.dtype),
-            num_warps=WARPS,
-        )
-    return target
+    width = ELEMENTS // ROWS
+    return Launch(
+        _from_rows,
+        (triton.cdiv(n, ROWS) * triton.cdiv(k, width),),
+        ("source", "scale", "target"),
+        warps=WARPS,
+        divisor=divisor,
+        N=n,
+        K=k,
+        BLOCK_N=ROWS,
+        BLOCK_K=width,
+        PRECISION=precision(dtype),
+    )

@@ -5,11 +5,14 @@ pass over x and the tiles of dX both want it; a tile of dX that made it would do
 its accumulator, several threads for each bit.  Here every call of the generator is one thread's.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch
 from .primitives import MASK_GROUP
 
 BLOCK = 256
@@ -30,15 +33,22 @@ def _mask_words(seed, words, threshold, length, BLOCK: tl.constexpr):
     tl.store(words + o_word, bits, mask=o_word < length)
 
 
-def mask_words(seed: Tensor, threshold: int, rows: int, columns: int) -> Tensor:
-    """int32 [rows, ⌈columns / 32⌉]: bit j of word (m, q) tells whether (m, 32 q + j) is kept."""
+def masking(rows: int, columns: int, threshold: int) -> Callable[[Tensor], Tensor]:
+    """Plans, of a seed, int32 [rows, ⌈columns / 32⌉]: bit j of word (m, q) tells whether
+    (m, 32 q + j) is kept."""
     calls = triton.cdiv(columns, MASK_GROUP.value)
-    words = torch.empty(rows, calls, dtype=torch.int32, device=seed.device)
-    _mask_words[(triton.cdiv(words.numel(), BLOCK),)](
-        seed=seed,
-        words=words,
+    launch = Launch(
+        _mask_words,
+        (triton.cdiv(rows * calls, BLOCK),),
+        ("seed", "words"),
         threshold=threshold,
-        length=words.numel(),
+        length=rows * calls,
         BLOCK=BLOCK,
     )
-    return words
+
+    def run(seed: Tensor) -> Tensor:
+        words = torch.empty(rows, calls, dtype=torch.int32, device=seed.device)
+        launch(seed, words)
+        return words
+
+    return run

@@ -1,16 +1,18 @@
 """S from x: in a launch of its own, or inside the base product's.
 
-`project` is the first launch of *split at the rank* and of *cuBLAS plus expand*, whose last is
+`_project` is the first launch of *split at the rank* and of *cuBLAS plus expand*, whose last is
 `contract`.  *Recompute* makes S anew for every column of tiles in the loop of the base product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch
+from .pack import Packed
 from .primitives import (
     GATES,
     LOGITS,
@@ -25,7 +27,7 @@ from .primitives import (
     tile_at,
 )
 from .strips import project_rows
-from .tiles import GROUP_M, Ranks, described, precision, stored, tile_for
+from .tiles import GROUP_M, Ranks, boxed, flat, precision, stored, tile_for
 
 
 @triton.jit(do_not_specialize=["M", "layers"])
@@ -90,46 +92,43 @@ def _project(
     )
 
 
-def project(
+def projecting(
     x: Tensor,
-    down: Tensor,
-    router: Tensor | None,
+    layers: int,
+    gated: bool,
     weights: Sequence[float],
     ranks: Ranks,
-    seeds: Tensor | None,
     threshold: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """P, S and the gates of L layers that read the same x, in one pass over it.
+) -> Callable[[Tensor, Packed, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]:
+    """Plans P, S and the gates of L layers that read the same x [M, K], in one pass over it.
 
     Args:
-        x: [M, K].
-        down: [L, RANKS, K], the packed down-projections, in x's dtype.
-        router: [L, 16, K], the packed mixers, or None: `weights` gate.
-        weights: E fixed gates.
-        seeds: int64 [L], or None without dropout.
+        x: or one like it.
+        layers: L.
+        gated: whether there are mixers; else `weights`, E fixed gates, gate.
         threshold: bytes of the mask below it are dropped.
 
     Returns:
-        P [L, M, R] and S [L, M, RANKS] in x's dtype, gates [L, M, E] in float32 or None.
+        Of x, the packed layers and, under dropout, their seeds, int64 [L]: P [L, M, R] and
+        S [L, M, RANKS] in x's dtype, gates [L, M, E] in float32 or None.
     """
-    m, k = x.shape
-    layers, e = down.shape[0], len(ranks.edges) - 1
-    low = x.new_empty(layers, m, ranks.edges[-1])
-    gated = x.new_empty(layers, m, ranks.padded)
-    gates = None if router is None else x.new_empty(layers, m, e, dtype=torch.float32)
-    flat = down.view(-1, k)
-    rows = None if router is None else router.view(-1, k)
-    tile, tma = tile_for("project", ranks, x, flat, dropout=threshold > 0)
-    grid = (layers * triton.cdiv(m, tile.m) * (ranks.padded // ranks.block),)
-    _project[grid](
-        x=described(x, tile.m, tile.k, tma),
-        down=described(flat, ranks.block, tile.k, tma),
-        router=None if rows is None else described(rows, LOGITS.value, tile.k, tma),
+    (m, k), e = x.shape, len(ranks.edges) - 1
+    tile, tma = tile_for(
+        "project", ranks, x, flat(layers * ranks.padded, k, x), dropout=threshold > 0
+    )
+    narrow = {"down": layers * ranks.padded, "router": layers * LOGITS.value if gated else 0}
+    boxes = {
+        "x": boxed(m, k, x.stride(0), (tile.m, tile.k), tma),
+        "down": boxed(narrow["down"], k, k, (ranks.block, tile.k), tma),
+        "router": boxed(narrow["router"], k, k, (LOGITS.value, tile.k), tma),
+    }
+    launch = Launch(
+        _project,
+        (layers * triton.cdiv(m, tile.m) * (ranks.padded // ranks.block),),
+        ("x", "down", "router", "seeds", "low", "gated", "gates"),
+        boxes,
+        tile.warps,
         weights=tuple(weights),
-        seeds=seeds,
-        low=low,
-        gated=gated,
-        gates=gates,
         threshold=threshold,
         layers=layers,
         M=m,
@@ -142,14 +141,23 @@ def project(
         BLOCK_K=tile.k,
         BLOCK_R=ranks.block,
         STAGES=tile.stages,
-        GATED=router is not None,
+        GATED=gated,
         DROPOUT=threshold > 0,
         EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(x.dtype),
-        num_warps=tile.warps,
     )
-    return low, gated, gates
+
+    def run(
+        x: Tensor, packed: Packed, seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        low = x.new_empty(layers, m, ranks.edges[-1])
+        strip = x.new_empty(layers, m, ranks.padded)
+        gates = x.new_empty(layers, m, e, dtype=torch.float32) if gated else None
+        launch(x, packed.downs[0], packed.routers[0], seeds, low, strip, gates)
+        return low, strip, gates
+
+    return run
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -214,35 +222,33 @@ def _recompute(
             store_block(gates, b_gates, row, 0, M, E, E, BLOCK_M, GATES, False, PRECISION)
 
 
-def recompute(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    router: Tensor | None,
-    up: Tensor,
-    weights: Sequence[float],
-    ranks: Ranks,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `overlapped`, without dropout and for ranks that fit into one block."""
-    m, k = x.shape
-    n, e = weight.shape[0], len(ranks.edges) - 1
-    y, low = x.new_empty(m, n), x.new_empty(m, ranks.edges[-1])
-    gates = None if router is None else x.new_empty(m, e, dtype=torch.float32)
+def recomputing(
+    x: Tensor, weight: Tensor, bias: bool, gated: bool, weights: Sequence[float], ranks: Ranks
+) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """Plans y [M, N], P [M, R] and the gates [M, E] or None, of x, W, the bias and the packed.
+
+    Arguments are those of such a call, or like them.
+    """
+    (m, k), n, e = x.shape, weight.shape[0], len(ranks.edges) - 1
     rows = stored(weight)
     out_major = rows is weight
-    tile, tma = tile_for("recompute", ranks, x, rows, y, down)
-    _recompute[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
-        x=described(x, tile.m, tile.k, tma),
-        weight=described(rows, *((tile.n, tile.k) if out_major else (tile.k, tile.n)), tma),
-        down=described(down, ranks.padded, tile.k, tma),
-        router=None if router is None else described(router, LOGITS.value, tile.k, tma),
-        up=up,
-        bias=bias,
+    like = flat(m, n, x), flat(ranks.padded, k, x)
+    tile, tma = tile_for("recompute", ranks, x, rows, *like)
+    wide = (tile.n, tile.k) if out_major else (tile.k, tile.n)
+    boxes = {
+        "x": boxed(m, k, x.stride(0), (tile.m, tile.k), tma),
+        "weight": boxed(rows.shape[0], rows.shape[1], rows.stride(0), wide, tma),
+        "down": boxed(ranks.padded, k, k, (ranks.padded, tile.k), tma),
+        "router": boxed(LOGITS.value, k, k, (LOGITS.value, tile.k), tma),
+        "y": boxed(m, n, n, (tile.m, tile.n), tma),
+    }
+    launch = Launch(
+        _recompute,
+        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
+        ("x", "weight", "down", "router", "up", "bias", "y", "low", "gates"),
+        boxes,
+        tile.warps,
         weights=tuple(weights),
-        y=described(y, tile.m, tile.n, tma),
-        low=low,
-        gates=gates,
         M=m,
         stride_x=x.stride(0),
         stride_weight=rows.stride(0),
@@ -256,12 +262,20 @@ def recompute(
         BLOCK_K=tile.k,
         GROUP_M=GROUP_M,
         STAGES=tile.stages,
-        BIAS=bias is not None,
-        GATED=router is not None,
+        BIAS=bias,
+        GATED=gated,
         OUT_MAJOR=out_major,
         EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(x.dtype),
-        num_warps=tile.warps,
     )
-    return y, low, gates
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y, low = x.new_empty(m, n), x.new_empty(m, ranks.edges[-1])
+        gates = x.new_empty(m, e, dtype=torch.float32) if gated else None
+        launch(x, weight, *packed.of(0), bias, y, low, gates)
+        return y, low, gates
+
+    return run

@@ -6,20 +6,23 @@ wait only on earlier ones, hence on programs that are running: no order of dispa
 nothing deadlocks.  The last program out zeroes the counters, so a CUDA graph can replay the launch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch
+from .pack import Packed
 from .primitives import LOGITS, add_bias, contract, store_block, tile_at
 from .signals import await_strip, leave_clean, publish
 from .strips import project_rows
 from .tiles import (
     GROUP_M,
     Ranks,
-    described,
+    boxed,
+    flat,
     precision,
     programs,
     stored,
@@ -152,41 +155,42 @@ def _overlapped(
     leave_clean(counts, 2 + tiles_m)
 
 
-def overlapped(
+def overlapping(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    router: Tensor | None,
-    up: Tensor,
+    bias: bool,
+    gated: bool,
     weights: Sequence[float],
     ranks: Ranks,
-    seed: Tensor | None,
     threshold: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y [M, N], P [M, R] and the gates [M, E] or None; arguments as of `project` and `contract`."""
-    m, k = x.shape
-    n, e = weight.shape[0], len(ranks.edges) - 1
-    y, low = x.new_empty(m, n), x.new_empty(m, ranks.edges[-1])
-    gated = x.new_empty(m, ranks.padded)
-    gates = None if router is None else x.new_empty(m, e, dtype=torch.float32)
+) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """Plans y [M, N], P [M, R] and the gates [M, E] or None, of x, W, bias, the packed and a seed.
+
+    Arguments are those of `forward.projecting` and of such a call, or like them.
+    """
+    (m, k), n, e = x.shape, weight.shape[0], len(ranks.edges) - 1
     rows = stored(weight)
     out_major = rows is weight
-    tile, tma = tile_for("overlapped", ranks, x, rows, y, down, dropout=threshold > 0, columns=n)
-    _overlapped[(programs(x.device),)](
-        x=described(x, tile.m, tile.k, tma),
-        weight=described(rows, *((tile.n, tile.k) if out_major else (tile.k, tile.n)), tma),
-        down=described(down, ranks.block, tile.k, tma),
-        router=None if router is None else described(router, LOGITS.value, tile.k, tma),
-        up=up,
-        bias=bias,
+    like = flat(m, n, x), flat(ranks.padded, k, x)
+    tile, tma = tile_for("overlapped", ranks, x, rows, *like, dropout=threshold > 0, columns=n)
+    wide = (tile.n, tile.k) if out_major else (tile.k, tile.n)
+    boxes = {
+        "x": boxed(m, k, x.stride(0), (tile.m, tile.k), tma),
+        "weight": boxed(rows.shape[0], rows.shape[1], rows.stride(0), wide, tma),
+        "down": boxed(ranks.padded, k, k, (ranks.block, tile.k), tma),
+        "router": boxed(LOGITS.value, k, k, (LOGITS.value, tile.k), tma),
+        "y": boxed(m, n, n, (tile.m, tile.n), tma),
+    }
+    launch = Launch(
+        _overlapped,
+        (programs(x.device),),
+        (
+            *("x", "weight", "down", "router", "up", "bias", "seed"),
+            *("y", "low", "gated", "gates", "counts"),
+        ),
+        boxes,
+        tile.warps,
         weights=tuple(weights),
-        seed=seed,
-        y=described(y, tile.m, tile.n, tma),
-        low=low,
-        gated=gated,
-        gates=gates,
-        counts=counters(x.device, 2 + triton.cdiv(m, tile.m)),
         threshold=threshold,
         M=m,
         stride_x=x.stride(0),
@@ -203,13 +207,24 @@ def overlapped(
         GROUP_M=GROUP_M,
         STAGES=tile.stages,
         STRIP_STAGES=strip_stages(tile, ranks),
-        BIAS=bias is not None,
-        GATED=router is not None,
+        BIAS=bias,
+        GATED=gated,
         DROPOUT=threshold > 0,
         OUT_MAJOR=out_major,
         EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(x.dtype),
-        num_warps=tile.warps,
     )
-    return y, low, gates
+    flags = 2 + triton.cdiv(m, tile.m)
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y, low = x.new_empty(m, n), x.new_empty(m, ranks.edges[-1])
+        strip = x.new_empty(m, ranks.padded)
+        gates = x.new_empty(m, e, dtype=torch.float32) if gated else None
+        counts = counters(x.device, flags)
+        launch(x, weight, *packed.of(0), bias, seed, y, low, strip, gates, counts)
+        return y, low, gates
+
+    return run

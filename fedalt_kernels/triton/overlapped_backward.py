@@ -1,18 +1,21 @@
 """The backward of `overlapped`: dP and dl first, then the tiles of dX, which need them last."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch
 from .primitives import add_mixer, contract, store_block, tile_at
 from .signals import await_strip, leave_clean, publish
 from .strips import spread_outputs, spread_rows
 from .tiles import (
     GROUP_M,
     Ranks,
-    described,
+    Span,
+    boxed,
+    flat,
     precision,
     programs,
     stored,
@@ -146,40 +149,45 @@ def _overlapped_backward(
     leave_clean(counts, 2 + tiles_m)
 
 
-def overlapped_backward(
+def overlapping_backward(
     dy: Tensor,
     weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    mixer: Tensor | None,
-    low: Tensor,
-    gates: Tensor | None,
+    gated: bool,
     weights: Sequence[float],
     ranks: Ranks,
     scaling: float,
-    span: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dX [M, K] and what `backward.spread` returns, whose arguments these are as well."""
-    m, n = dy.shape
-    k = weight.shape[1]
-    dx, rows = dy.new_empty(m, k), stored(weight)
-    tile, tma = tile_for("overlapped_backward", ranks, dy, rows, dx, columns=k)
-    dlow, dlogits, dup = spread_outputs(dy, ranks, gates, span, tile.m)
+    span: Span | None,
+) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]], int]:
+    """Plans dX [M, K] and what `backward.spreading` plans, whose arguments these are as well.
+
+    It is of dY, W, down [RANKS, K], up [N, RANKS], mixer [E, K] or None, P and the gates.
+    """
+    (m, n), k = dy.shape, weight.shape[1]
+    rows = stored(weight)
+    tile, tma = tile_for("overlapped_backward", ranks, dy, rows, flat(m, k, dy), columns=k)
+    outputs = spread_outputs(dy, ranks, gated, span, tile.m)
     out_major = rows is not weight
-    _overlapped_backward[(programs(dy.device),)](
-        dy=described(dy, tile.m, tile.k, tma),
-        weight=described(rows, *((tile.n, tile.k) if out_major else (tile.k, tile.n)), tma),
-        up=up,
-        down=down,
-        low=low,
-        gates=gates,
-        mixer=mixer,
+    boxes = {
+        "dy": boxed(m, n, dy.stride(0), (tile.m, tile.k), tma),
+        "weight": boxed(
+            rows.shape[0],
+            rows.shape[1],
+            rows.stride(0),
+            (tile.n, tile.k) if out_major else (tile.k, tile.n),
+            tma,
+        ),
+        "dx": boxed(m, k, k, (tile.m, tile.n), tma),
+    }
+    launch = Launch(
+        _overlapped_backward,
+        (programs(dy.device),),
+        (
+            *("dy", "weight", "up", "down", "low", "gates", "mixer"),
+            *("dx", "dlow", "dlogits", "dup", "counts"),
+        ),
+        boxes,
+        tile.warps,
         weights=tuple(weights),
-        dx=described(dx, tile.m, tile.n, tma),
-        dlow=dlow,
-        dlogits=dlogits,
-        dup=dup,
-        counts=counters(dy.device, 2 + triton.cdiv(m, tile.m)),
         scaling=float(scaling),
         M=m,
         stride_dy=dy.stride(0),
@@ -193,17 +201,32 @@ def overlapped_backward(
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         BLOCK_R=ranks.block,
-        FIRST=span[0] if span else 0,
-        SPAN=span[1] if span else 0,
+        FIRST=span.first if span else 0,
+        SPAN=span.width if span else 0,
         GROUP_M=GROUP_M,
         STAGES=tile.stages,
         STRIP_STAGES=strip_stages(tile, ranks),
-        GATED=gates is not None,
+        GATED=gated,
         JOINT=span is not None,
         OUT_MAJOR=out_major,
         EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(dy.dtype),
-        num_warps=tile.warps,
     )
-    return dx, dlow, dlogits, dup
+    flags = 2 + triton.cdiv(m, tile.m)
+
+    def run(
+        dy: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        up: Tensor,
+        mixer: Tensor | None,
+        low: Tensor,
+        gates: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        dx, made = dy.new_empty(m, k), outputs(dy)
+        counts = counters(dy.device, flags)
+        launch(dy, weight, up, down, low, gates, mixer, dx, *made, counts)
+        return dx, *made
+
+    return run, triton.cdiv(m, tile.m)

@@ -1,11 +1,15 @@
 """All adapters and the mixer laid side by side, in x's dtype, in one launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..adapter import Branches, Factors
+from .launch import Launch
 from .primitives import LOGITS, down_pointers, mixer_rows, store_block, up_pointers
 from .tiles import Ranks, precision
 
@@ -59,41 +63,64 @@ def _pack(
             store_block(up, b_up, n, rank, N, RANKS, RANKS, BLOCK, BLOCK_R, False, PRECISION)
 
 
-def pack(
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    mixer: Tensor | None,
-    scaling: float,
-    ranks: Ranks,
-    down: Tensor,
-    router: Tensor | None,
-    up: Tensor,
-) -> None:
-    """Fills down [RANKS, K], router [16, K] and up = s B [N, RANKS], zero where nothing is.
+class Packed(NamedTuple):
+    """The adapters of L layers that read one x, side by side in x's dtype; each tensor is flat.
 
-    All in x's dtype.  s goes into up, where it cannot overflow float16 as it could in S.
-
-    Args:
-        downs, ups: E of A_e [r_e, K] and of B_e [N, r_e], contiguous and of one dtype.
-        mixer: [E, K], contiguous, or None, then there is no router.
+    Those of all layers lie behind one another from the first tensor of each kind on.
     """
-    k, n = down.shape[1], up.shape[0]
-    grid = (triton.cdiv(k, BLOCK) + triton.cdiv(n, BLOCK),)
-    _pack[grid](
-        downs=tuple(downs),
-        ups=tuple(ups),
-        mixer=mixer,
-        down=down,
-        router=router,
-        up=up,
-        scaling=float(scaling),
-        K=k,
-        N=n,
-        E=len(downs),
-        EDGES=ranks.edges,
-        RANKS=ranks.padded,
-        BLOCK=BLOCK,
-        BLOCK_R=BLOCK_R,
-        GATED=mixer is not None,
-        PRECISION=precision(down.dtype),
-    )
+
+    downs: Sequence[Tensor]  # L of [RANKS, K]
+    routers: Sequence[Tensor | None]  # L of [16, K]
+    ups: Sequence[Tensor]  # L of s B [N, RANKS]: in S, s could overflow float16
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        return self.downs[layer], self.routers[layer], self.ups[layer]
+
+
+def packing(
+    x: Tensor, outputs: Sequence[int], first: Branches, ranks: Ranks
+) -> Callable[[Tensor, Sequence[Branches]], Packed]:
+    """Plans to fill a `Packed` of layers like the first, zero where nothing is."""
+    k, count, gated = x.shape[1], len(outputs), first.mixer is not None
+    narrow = [ranks.padded * k] * count + [LOGITS.value * k] * (count * gated)
+    sizes = [*narrow, *(n * ranks.padded for n in outputs)]
+    total, mixed = sum(sizes), are_mixed(first)
+    launches = [
+        Launch(
+            _pack,
+            (triton.cdiv(k, BLOCK) + triton.cdiv(n, BLOCK),),
+            ("downs", "ups", "mixer", "down", "router", "up"),
+            scaling=float(first.scaling),
+            K=k,
+            N=n,
+            E=len(first.downs),
+            EDGES=ranks.edges,
+            RANKS=ranks.padded,
+            BLOCK=BLOCK,
+            BLOCK_R=BLOCK_R,
+            GATED=gated,
+            PRECISION=precision(x.dtype),
+        )
+        for n in outputs
+    ]
+
+    def run(x: Tensor, layers: Sequence[Branches]) -> Packed:
+        parts = torch.split_with_sizes(x.new_empty(total), sizes)
+        downs, routers, ups = parts[:count], parts[count:-count] or (None,) * count, parts[-count:]
+        for i, branches in enumerate(layers):
+            mixer = None if branches.mixer is None else branches.mixer.contiguous()
+            factors = sources(branches.downs, mixed), sources(branches.ups, mixed)
+            launches[i](*factors, mixer, downs[i], routers[i], ups[i])
+        return Packed(downs, routers, ups)
+
+    return run
+
+
+def are_mixed(branches: Branches) -> bool:
+    """Whether the adapters are of more than one dtype."""
+    return len({factor.dtype for factor in (*branches.downs, *branches.ups)}) > 1
+
+
+def sources(factors: Factors, mixed: bool) -> tuple[Tensor, ...]:
+    """Factors as kernels read them: contiguous, and of one dtype, also where theirs are mixed."""
+    return tuple([(factor.float() if mixed else factor).contiguous() for factor in factors])

@@ -1,16 +1,18 @@
 """The sums over tokens: dA and dG in one pass over x, and dB in one over dY.
 
-Every sum is made of shares, one a run of rows, which are added in a fixed order: runs repeat bit
-for bit.
+Every sum is made of shares, one a run of rows.  Whoever makes the last share of a piece adds all of
+them up, in their order, and writes the gradient in its parameter's dtype: runs repeat bit for bit.
+Where programs cannot order their memory accesses there is one share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch
 from .primitives import (
     GATES,
     LOGITS,
@@ -19,31 +21,40 @@ from .primitives import (
     load_block,
     rounded,
     split_parts,
-    store_block,
 )
 from .strips import load_gated
-from .tiles import Ranks, described, precision, tile_for
+from .sums import store_share, store_sum, sum_shares, sum_ups
+from .tiles import Ranks, Span, boxed, precision, publishes, tile_for
+from .workspace import counters
 
 MOST_SHARES = 8
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
-def _reduce(
+@triton.jit
+def _reduce_share(
+    at,
+    share,
+    rank,
     source,
     factor,
     gates,
-    weights,
     words,
     shares,
+    out,
+    arrived,
+    weights,
     scaling,
     M,
     chunk,
+    count,
     stride_source,
     C: tl.constexpr,
     E: tl.constexpr,
     EDGES: tl.constexpr,
     FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     SPAN: tl.constexpr,
+    WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -51,20 +62,13 @@ def _reduce(
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
     MAKES_UP: tl.constexpr,
+    SHARED: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_M: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One share: sourceᵀ · factor over `chunk` rows, for BLOCK_C columns and BLOCK_R ranks.
-
-    MAKES_UP: source is dY, factor is P to be gated, and shares of dB [shares, C, SPAN] result.
-    Else source is x, under the mask if DROPOUT; factor is dP [M, COLUMNS], and `gates`, if GATED,
-    are dl [M, 8]: shares of dA and below it, if GATED, of dG [shares, SPAN + 8, C] result.
-    """
-    at = tl.program_id(0) * BLOCK_C
-    share = tl.program_id(1)
-    rank = tl.program_id(2) * BLOCK_R
+    """`_reduce` for one share of one piece, and the sum of all shares where it is the last."""
     EVEN_C: tl.constexpr = C % BLOCK_C == 0
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     parts = tl.zeros((BLOCK_C, LOGITS), tl.float32)
@@ -110,103 +114,260 @@ def _reduce(
                 keep = kept_bits(words, row, at, M, C, BLOCK_M, BLOCK_C)
                 b_source = tl.where(keep, b_source, 0.0).to(b_source.dtype)
         acc = dot(b_source.T, b_factor, acc, PRECISION)  # [c, m] [m, r]
+    b_mixer = tl.zeros((BLOCK_C, GATES), tl.float32)
     if MAKES_UP:
-        shares += share.to(tl.int64) * C * SPAN
-        store_block(
-            shares, acc * scaling, at, rank, C, SPAN, SPAN, BLOCK_C, BLOCK_R, False, PRECISION
+        acc *= scaling
+    elif GATED:
+        b_mixer = tl.sum(tl.reshape(parts, (BLOCK_C, 2, GATES)), 1)
+    if SHARED:
+        store_share(
+            shares, acc, b_mixer, share, rank, at, C, SPAN, WIDTH, BLOCK_C, BLOCK_R, PRECISION
         )
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == count - 1:
+            tl.store(arrived, 0)
+            acc, b_mixer = sum_shares(shares, count, rank, at, C, SPAN, WIDTH, BLOCK_C, BLOCK_R)
+            store_sum(
+                out,
+                acc,
+                b_mixer,
+                rank,
+                at,
+                C,
+                E,
+                EDGES,
+                FIRST,
+                LAST,
+                SPAN,
+                WIDTH,
+                BLOCK_C,
+                BLOCK_R,
+                MAKES_UP,
+                PRECISION,
+            )
     else:
-        ROWS: tl.constexpr = SPAN + GATES if GATED else SPAN
-        shares += share.to(tl.int64) * C * ROWS
-        store_block(shares, acc.T, rank, at, SPAN, C, C, BLOCK_R, BLOCK_C, False, PRECISION)
-        if GATED:
-            if rank == 0:
-                b_mixer = tl.sum(tl.reshape(parts, (BLOCK_C, 2, GATES)), 1).T
-                store_block(shares, b_mixer, SPAN, at, ROWS, C, C, GATES, BLOCK_C, False, PRECISION)
+        store_sum(
+            out,
+            acc,
+            b_mixer,
+            rank,
+            at,
+            C,
+            E,
+            EDGES,
+            FIRST,
+            LAST,
+            SPAN,
+            WIDTH,
+            BLOCK_C,
+            BLOCK_R,
+            MAKES_UP,
+            PRECISION,
+        )
 
 
-def reduce_down(
-    x: Tensor,
-    dlow: Tensor,
-    dlogits: Tensor | None,
-    ranks: Ranks,
-    span: tuple[int, int],
-    words: Tensor | None,
-) -> Tensor:
-    """dA of a span of ranks and below it, if there is dl, dG: [ranks (+ 8), K] in float32.
+@triton.jit(do_not_specialize=["M", "chunk", "count", "blocks"])
+def _reduce(
+    source,
+    factor,
+    gates,
+    words,
+    shares,
+    out,
+    dup,
+    out_up,
+    counts,
+    weights,
+    scaling,
+    M,
+    chunk,
+    count,
+    blocks,
+    stride_source,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SPAN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    FIRST_UP: tl.constexpr,
+    LAST_UP: tl.constexpr,
+    SPAN_UP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    MAKES_UP: tl.constexpr,
+    SHARED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One share: sourceᵀ · factor over `chunk` rows, for BLOCK_C columns and BLOCK_R ranks.
 
-    Args:
-        x: [M, K].
-        dlow, dlogits: dP [M, RANKS] and dl [M, 8] from `spread`; no dl where dG is not wanted.
-        span: as of `spread`.
-        words: the mask, from `dropout.mask_words`, or None without dropout.
+    MAKES_UP: source is dY, factor is P to be gated, and dB of the ranks from FIRST to LAST result,
+    `out` as of `sums.store_ups`.  Else source is x, under the mask if DROPOUT; factor is dP
+    [M, COLUMNS], and `gates`, if GATED, are dl [M, 8]: dA and below it, if GATED, dG result, `out`
+    [SPAN + 8, C]; and the last programs are `sums.sum_ups`, if SPAN_UP.
     """
-    e = len(ranks.edges) - 1
-    shares = _launch_reduce(x, dlow, dlogits, (1.0,) * e, ranks, 1.0, span, words, makes_up=False)
-    return shares.sum(0)
+    TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    PIECES: tl.constexpr = TILES * ((SPAN + BLOCK_R - 1) // BLOCK_R)
+    program = tl.program_id(0)
+    if program < PIECES * count:
+        _reduce_share(
+            program % TILES * BLOCK_C,
+            program // TILES % count,
+            program // TILES // count * BLOCK_R,
+            source,
+            factor,
+            gates,
+            words,
+            shares,
+            out,
+            counts + program % TILES + program // TILES // count * TILES,
+            weights,
+            scaling,
+            M,
+            chunk,
+            count,
+            stride_source,
+            C,
+            E,
+            EDGES,
+            FIRST,
+            LAST,
+            SPAN,
+            WIDTH,
+            COLUMNS,
+            BLOCK_M,
+            BLOCK_C,
+            BLOCK_R,
+            STAGES,
+            GATED,
+            MAKES_UP,
+            SHARED,
+            DROPOUT,
+            EVEN_M,
+            TMA,
+            PRECISION,
+        )
+    elif SPAN_UP:
+        sum_ups(
+            program - PIECES * count,
+            dup,
+            out_up,
+            blocks,
+            OUTPUTS,
+            E,
+            EDGES,
+            FIRST_UP,
+            LAST_UP,
+            SPAN_UP,
+            BLOCK_C,
+            PRECISION,
+        )
 
 
-def reduce_up(
-    dy: Tensor,
-    low: Tensor,
-    gates: Tensor | None,
-    weights: Sequence[float],
-    ranks: Ranks,
-    scaling: float,
-    span: tuple[int, int],
-) -> Tensor:
-    """Shares of dB, [shares, N, ranks], where `spread` made none: a second pass over dY."""
-    return _launch_reduce(dy, low, gates, weights, ranks, scaling, span, None, makes_up=True)
-
-
-def _launch_reduce(
+def reducing(
     source: Tensor,
-    factor: Tensor,
-    gates: Tensor | None,
+    columns: int,
+    gated: bool,
     weights: Sequence[float],
     ranks: Ranks,
     scaling: float,
-    span: tuple[int, int],
-    words: Tensor | None,
+    span: Span,
+    dtype: torch.dtype,
     *,
     makes_up: bool,
-) -> Tensor:
-    m, c = source.shape
-    first, width = span
+    dropout: bool = False,
+    joint: tuple[int, int, Span] | None = None,
+) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+    """Plans the sums over tokens of a span of ranks.
+
+    Args:
+        source: x [M, K], or for `makes_up` dY [M, N], or one like it.
+        columns: of the factor, dP [M, RANKS] or P [M, R].
+        gated: whether dG is made too; for `makes_up`, whether there are gates.
+        span: as of `backward.spreading`.
+        dtype: of the gradients.
+        dropout: whether the mask's words come with x.
+        joint: where shares of dB are to be added up on the way: their number, N and their span.
+
+    Returns:
+        Of x, dP, dl [M, 8] or None, the mask's words or None and shares of dB or None: dA and below
+        it, if gated, dG, [ranks (+ 8), K]; and dB or None.  For `makes_up`, of dY, P and the gates:
+        nothing and dB.  dB is [N r_e] for one adapter of the span after the other, flat.
+    """
+    (m, c), (first, width, last) = source.shape, span
     block_r = min(width, ranks.block)
-    tile, tma = tile_for("reduce", ranks, source, dropout=words is not None)
-    count = min(MOST_SHARES, triton.cdiv(m, tile.m))
+    tile, tma = tile_for("reduce", ranks, source, dropout=dropout)
+    count = min(MOST_SHARES if publishes(source.device) else 1, triton.cdiv(m, tile.m))
     chunk = triton.cdiv(triton.cdiv(m, count), tile.m) * tile.m
     count = triton.cdiv(m, chunk)  # no share is empty
-    shape = (c, width) if makes_up else (width + (gates is not None) * GATES.value, c)
-    shares = source.new_empty(count, *shape, dtype=torch.float32)
-    _reduce[(triton.cdiv(c, tile.n), count, triton.cdiv(width, block_r))](
-        source=described(source, tile.m, tile.n, tma),
-        factor=factor,
-        gates=gates,
+    rows = width + (gated and not makes_up) * GATES.value
+    blocks, outputs, (first_up, width_up, last_up) = joint or (0, 0, Span(0, 0, 0))
+    pieces = triton.cdiv(c, tile.n) * triton.cdiv(width, block_r)
+    launch = Launch(
+        _reduce,
+        (pieces * count + triton.cdiv(outputs, tile.n),),
+        (
+            *("source", "factor", "gates", "words"),
+            *("shares", "out", "dup", "out_up", "counts"),
+        ),
+        {"source": boxed(m, c, source.stride(0), (tile.m, tile.n), tma)},
+        tile.warps,
         weights=tuple(weights),
-        words=words,
-        shares=shares,
         scaling=float(scaling),
         M=m,
         chunk=chunk,
+        count=count,
+        blocks=blocks,
         stride_source=source.stride(0),
         C=c,
         E=len(ranks.edges) - 1,
         EDGES=ranks.edges,
         FIRST=first,
+        LAST=last,
         SPAN=width,
-        COLUMNS=factor.shape[1],
+        WIDTH=rows,
+        COLUMNS=columns,
+        OUTPUTS=outputs,
+        FIRST_UP=first_up,
+        LAST_UP=last_up,
+        SPAN_UP=width_up,
         BLOCK_M=tile.m,
         BLOCK_C=tile.n,
         BLOCK_R=block_r,
         STAGES=tile.stages,
-        GATED=gates is not None,
+        GATED=gated,
         MAKES_UP=makes_up,
-        DROPOUT=words is not None,
+        SHARED=count > 1,
+        DROPOUT=dropout,
         EVEN_M=tma or m % tile.m == 0,
         TMA=tma,
         PRECISION=precision(source.dtype),
-        num_warps=tile.warps,
     )
-    return shares
+    shape = (c * (last - first),) if makes_up else (rows, c)
+
+    def run(
+        source: Tensor,
+        factor: Tensor,
+        gates: Tensor | None,
+        words: Tensor | None = None,
+        dup: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        shares = source.new_empty(count, c, rows, dtype=torch.float32) if count > 1 else None
+        out = source.new_empty(shape, dtype=dtype)
+        out_up = None
+        if dup is not None:
+            out_up = source.new_empty(outputs * (last_up - first_up), dtype=dtype)
+        counts = counters(source.device, pieces)
+        launch(source, factor, gates, words, shares, out, dup, out_up, counts)
+        return (None, out) if makes_up else (out, out_up)
+
+    return run

@@ -4,6 +4,8 @@ They are kernels of their own (`forward.project`, `backward.spread`), and the fi
 the overlapped kernels.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from .primitives import (
     spread_gates,
     store_block,
 )
-from .tiles import Ranks
+from .tiles import Ranks, Span
 
 
 @triton.jit
@@ -212,13 +214,16 @@ def load_gated(
 
 
 def spread_outputs(
-    dy: Tensor, ranks: Ranks, gates: Tensor | None, span: tuple[int, int] | None, block_m: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Where `spread_rows` writes: dP, s dl if there is a mixer, dB's shares if there is a span."""
+    dy: Tensor, ranks: Ranks, gated: bool, span: Span | None, block_m: int
+) -> Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Plans where `spread_rows` writes: dP, s dl if there is a mixer, dB's shares for a span."""
     m, n = dy.shape
-    dlow = dy.new_empty(m, ranks.padded)
-    dlogits = None if gates is None else dy.new_empty(m, GATES.value, dtype=torch.float32)
-    dup = None
-    if span is not None:
-        dup = dy.new_empty(triton.cdiv(m, block_m), n, span[1], dtype=torch.float32)
-    return dlow, dlogits, dup
+    shares = (triton.cdiv(m, block_m), n, span.width) if span else None
+
+    def run(dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dlow = dy.new_empty(m, ranks.padded)
+        dlogits = dy.new_empty(m, GATES.value, dtype=torch.float32) if gated else None
+        dup = None if shares is None else dy.new_empty(shares, dtype=torch.float32)
+        return dlow, dlogits, dup
+
+    return run

@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import Box
 from .primitives import LOGITS
 
 TUNED = Path(__file__).parent / "tuned"
@@ -44,6 +44,14 @@ class Ranks(NamedTuple):
     edges: tuple[int, ...]
     padded: int
     block: int
+
+
+class Span(NamedTuple):
+    """Ranks whose gradients are wanted: the first, how many are made, and the end of the wanted."""
+
+    first: int
+    width: int
+    last: int
 
 
 def side_by_side(sizes: Sequence[int], dtype: torch.dtype) -> Ranks:
@@ -166,6 +174,11 @@ def architecture(device: torch.device) -> str:
     return name if name in TABLE else "generic"
 
 
+def publishes(device: torch.device) -> bool:
+    """Whether programs of one launch can order what they write and read among themselves."""
+    return architecture(device) in PUBLISHES
+
+
 def programs(device: torch.device) -> int:
     """How many programs a persistent launch has: one a multiprocessor."""
     if device.type == "cpu":
@@ -247,9 +260,14 @@ def aligned(*matrices: Tensor) -> bool:
     )
 
 
-def described(matrix: Tensor, height: int, width: int, tma: bool) -> Tensor | TensorDescriptor:
-    """A matrix as a kernel takes it: through a descriptor of [height, width] blocks, or itself."""
-    return TensorDescriptor.from_tensor(matrix, [height, width]) if tma else matrix
+def flat(height: int, width: int, like: Tensor) -> Tensor:
+    """The outline of a contiguous matrix that is not there yet, by which a tile can be chosen."""
+    return torch.empty(height, width, dtype=like.dtype, device="meta")
+
+
+def boxed(height: int, width: int, stride: int, block: tuple[int, int], tma: bool) -> Box | None:
+    """How a kernel takes a row-major matrix: through a descriptor of such blocks, or as it is."""
+    return Box(height, width, stride, block) if tma else None
 
 
 def forward_schedule(x: Tensor, weight: Tensor, ranks: Ranks, dropout: bool) -> str:
@@ -294,9 +312,8 @@ def unserved(
     schedule: str, x: Tensor, ranks: Ranks, dropout: bool, *, backward: bool = False
 ) -> str | None:
     """Why a schedule cannot serve these arguments; None if it can."""
-    arch = architecture(x.device)
-    if schedule in ("decode", "overlapped") and arch not in PUBLISHES:
-        return f"programs cannot wait for one another on {arch}"
+    if schedule in ("decode", "overlapped") and not publishes(x.device):
+        return f"programs cannot wait for one another on {architecture(x.device)}"
     if schedule == "decode" and x.shape[0] > DECODE_ROWS:
         return f"it serves up to {DECODE_ROWS} rows, got {x.shape[0]}"
     if schedule in ("decode", "recompute") and backward:

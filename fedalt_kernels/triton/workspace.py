@@ -4,6 +4,7 @@ from threading import Lock
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 ARENA_LENGTH = 2**18
 STREAM_LENGTH = 2**12
@@ -35,7 +36,7 @@ def counters(device: torch.device, length: int) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         return _cut(device, length)
     prepare(device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
+    key = device, driver.active.get_current_stream(device.index)
     held = _by_stream.get(key)
     if held is None or held.numel() < length:
         held = _by_stream[key] = _cut(device, max(length, STREAM_LENGTH))

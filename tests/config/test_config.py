@@ -18,6 +18,24 @@ def test_yaml_round_trip_keeps_every_setting(tmp_path):
     assert config.lora.target_modules == ("q_proj", "v_proj")
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        (r".*layers\.[01]\..*_proj", r".*layers\.[01]\..*_proj"),
+        ("q_proj", "q_proj"),  # as in PEFT, a pattern for the whole name
+        ("[q_proj]", ("q_proj",)),
+        ("all-linear", ("all-linear",)),
+        ("All-Linear", ("all-linear",)),
+    ],
+)
+def test_target_modules_are_a_list_or_a_pattern_and_stay_so_in_yaml(text, meant, tmp_path):
+    config = load_config(None, (f"lora.target_modules={text}",))
+    assert config.lora.target_modules == meant
+    path = tmp_path / "c.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
 def test_overrides_lie_over_the_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("rounds: 3\ntrain: {batch_size: 2}\n")
@@ -49,6 +67,8 @@ def test_flat_names_every_leaf_once():
         ({"lora": {"rank": True}}, "lora.rank must be a whole number, got True"),
         ({"lora": {"dropout": 1.0}}, r"lora.dropout must be in \[0, 1\), got 1.0"),
         ({"lora": {"target_modules": 3}}, "lora.target_modules must be a list of names, got 3"),
+        ({"lora": {"target_modules": ""}}, "target_modules must be a list of names or a pattern"),
+        ({"lora": {"target_modules": []}}, "target_modules must be a list of names or a pattern"),
         ({"lora": 3}, "lora must be a group of settings, got 3"),
         ({"train": {"learning_rate": "fast"}}, "train.learning_rate must be a number, got 'fast'"),
         ({"train": {"lr_scheduler": "sin"}}, "train.lr_scheduler must be one of linear"),

@@ -8,19 +8,19 @@ import pytest
 from PIL import Image
 
 from fedalt.config.schema import Config
-from fedalt.config.settings import load_config
+from fedalt.config.settings import READY, load_config
 from fedalt.data import load_clients
+from fedalt.errors import InputError
 from tests.conftest import write_client
 from tests.data.test_suites import ROWS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+NAMES = sorted(path.stem for path in READY.glob("*.yaml"))
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 
 def config_of(name, **overrides):
     pairs = tuple(f"{key.replace('__', '.')}={value}" for key, value in overrides.items())
-    return load_config(CONFIGS / f"{name}.yaml", pairs)
+    return load_config(name, pairs)
 
 
 def clients_of(config: Config):
@@ -77,7 +77,29 @@ def test_the_configs_are_these():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_loads_and_shows_how_to_run_it(name):
     assert config_of(name).method == "fedalt"
-    assert f"fedalt run configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
+    assert f"fedalt run {name}" in (READY / f"{name}.yaml").read_text()
+
+
+def test_the_folder_at_the_top_is_the_packages():
+    assert (Path(__file__).parents[2] / "configs").samefile(READY)
+
+
+def test_a_file_wins_over_a_ready_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # of data, perhaps
+    assert load_config("digits").data.path == "digits"
+    (tmp_path / "digits").rmdir()
+    (tmp_path / "digits").write_text("rounds: 77")
+    assert load_config("digits").rounds == 77
+
+
+def test_an_unknown_name_is_told_the_known_ones():
+    with pytest.raises(InputError) as error:
+        load_config("digts")
+    known = ", ".join(NAMES)
+    assert str(error.value) == (
+        f"digts: no such file and no ready config; did you mean digits? known: {known}"
+    )
 
 
 def test_llama_has_the_papers_settings():

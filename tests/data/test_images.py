@@ -102,7 +102,7 @@ def test_domains_by_hand(domain: str) -> None:
 
 def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(InputError, match="pip install scikit-learn"):
+    with pytest.raises(InputError, match=r"pip install 'fedalt\[data\]'"):
         public_digits()
 
 

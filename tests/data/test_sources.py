@@ -121,7 +121,7 @@ def test_what_is_not_there_is_told_in_one_line(tmp_path, capfd):
 def test_without_the_library_the_cure_is_named(tmp_path, monkeypatch):
     path = write("jsonl", tmp_path / "data")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"rows.jsonl needs .* pip install fedalt\[data\]"):
+    with pytest.raises(InputError, match=r"rows.jsonl wants datasets: pip install"):
         open_dataset(str(path), ("train",))
-    with pytest.raises(InputError, match=r"data/x: no such folder .* pip install fedalt\[data\]"):
+    with pytest.raises(InputError, match=r"data/x: no such folder .* wants datasets: pip"):
         open_dataset("data/x", ("train",))

@@ -59,7 +59,8 @@ def test_a_weight_without_contiguous_rows_or_columns_is_refused() -> None:
 
 def test_without_triton_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_has_triton", lambda: False)
-    with pytest.raises(RuntimeError, match="the triton package is not installed; use impl='torch'"):
+    cure = r"triton is not installed \(pip install 'fedalt\[triton\]'\); use impl='torch'"
+    with pytest.raises(RuntimeError, match=cure):
         call(BF16)
 
 

@@ -38,6 +38,7 @@ def test_public_names() -> None:
         "MixedLoRALinear",
         "QuantizedWeight",
         "mixed_lora_linear",
+        "unused_layers",
     ]
     assert fedalt_kernels.__version__ == "0.1.0"
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fedalt_kernels.dropout import keep_mask
-from fedalt_kernels.triton.dropout import mask_words
+from fedalt_kernels.triton.dropout import masking
 from fedalt_kernels.triton.primitives import keep_block, kept_bits, store_block
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +44,7 @@ def test_mask(shape: tuple[int, int], seed: int, block: tuple[int, int], bits: b
     mask = torch.full(shape, float("nan"), device=DEVICE)
     _keep[(triton.cdiv(m, block[0]), triton.cdiv(k, block[1]))](
         seed=held,
-        words=mask_words(held, 77, m, k) if bits else None,
+        words=masking(m, k, 77)(held) if bits else None,
         mask=mask,
         threshold=77,
         M=m,

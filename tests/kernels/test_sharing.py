@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedalt_kernels import Fp8Linear, MixedLoRALinear, fused
+from fedalt_kernels import Fp8Linear, MixedLoRALinear, fused, fused_forward
 from fedalt_kernels.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,12 +43,13 @@ def results(layers: list[MixedLoRALinear], x: Tensor) -> list[Tensor]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each pass over x has served."""
     seen: list[int] = []
-    project = fused.project
-    monkeypatch.setattr(
-        fused,
-        "project",
-        lambda x, down, *rest: seen.append(down.shape[0]) or project(x, down, *rest),
-    )
+    projecting = fused_forward.projecting
+
+    def counted(x: Tensor, layers: int, *rest: object) -> Callable[..., object]:
+        project = projecting(x, layers, *rest)
+        return lambda *tensors: seen.append(layers) or project(*tensors)
+
+    monkeypatch.setattr(fused_forward, "projecting", counted)
     monkeypatch.setattr(tiles, "forward_schedule", lambda *_: "split")
     return seen
 

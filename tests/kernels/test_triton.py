@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedalt_kernels import Adapter, fused, mixed_lora_linear
+from fedalt_kernels import Adapter, fused_backward, fused_forward, mixed_lora_linear
 from fedalt_kernels.checks import SCHEDULES
 from fedalt_kernels.triton import decode, overlapped, overlapped_backward, reduce, tiles
+from fedalt_kernels.triton.pack import Packed
 
 from .cases import Case, build, run
 from .parity import check
@@ -115,7 +116,7 @@ def test_runs_repeat_bit_for_bit(schedule: str, dropout: float) -> None:
 @pytest.mark.parametrize("schedule", ["overlapped", "decode"])
 def test_counters_are_left_clean(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    for module in (overlapped, overlapped_backward, decode):
+    for module in (overlapped, overlapped_backward, decode, reduce):
         monkeypatch.setattr(module, "counters", lambda device, length: held)
     inputs = build(replace(ALIGNED, dtype=torch.float32, param_dtype=torch.float32), 0, DEVICE)
     results = []
@@ -132,27 +133,29 @@ def test_frozen_parts_cost_no_sums_over_tokens(monkeypatch: pytest.MonkeyPatch) 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a frozen adapter was given gradient work")
 
-    monkeypatch.setattr(reduce, "_launch_reduce", forbidden)
-    shares = []
-    spread = fused.spread
+    monkeypatch.setattr(fused_backward, "reducing", forbidden)
+    spans = []
+    spreading = fused_backward.spreading
     monkeypatch.setattr(
-        fused, "spread", lambda *arguments: shares.append(arguments[-1]) or spread(*arguments)
+        fused_backward,
+        "spreading",
+        lambda *arguments: spans.append(arguments[-1]) or spreading(*arguments),
     )
     run(forced("split"), inputs, 0.0)
-    assert shares == [None]
+    assert spans == [None]
 
 
 def test_only_the_trained_ranks_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     spans = []
-    launch = reduce._launch_reduce
+    reducing = fused_backward.reducing
     monkeypatch.setattr(
-        reduce,
-        "_launch_reduce",
-        lambda *arguments, **flags: spans.append(arguments[6]) or launch(*arguments, **flags),
+        fused_backward,
+        "reducing",
+        lambda *arguments, **flags: spans.append(arguments[6]) or reducing(*arguments, **flags),
     )
     case = replace(ALIGNED, ranks=(20, 7), frozen=(0,), dtype=torch.float32)
     run(forced("split"), build(replace(case, param_dtype=torch.float32), 0, DEVICE), 0.0)
-    assert spans == [(20, 16)]
+    assert spans == [(20, 16, 27)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -213,13 +216,18 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
 def test_wrong_kernel_is_noticed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget is tight enough to see one adapter's gate taken for the other's."""
     case = replace(ALIGNED, dtype=dtype, param_dtype=torch.float32)
-    weights = fused._packed
+    packing = fused_forward.packing
 
-    def swapped(*arguments: object) -> fused.Packed:
-        packed = weights(*arguments)
-        router = packed.router[:, [1, 0, *range(2, 8), 9, 8, *range(10, 16)]]
-        return packed._replace(router=router.contiguous())
+    def swapping(*arguments: object) -> Callable[..., Packed]:
+        pack = packing(*arguments)
 
-    monkeypatch.setattr(fused, "_packed", swapped)
+        def swapped(*tensors: object) -> Packed:
+            packed = pack(*tensors)
+            router = packed.routers[0].view(16, -1)[[1, 0, *range(2, 8), 9, 8, *range(10, 16)]]
+            return packed._replace(routers=[router.flatten()])
+
+        return swapped
+
+    monkeypatch.setattr(fused_forward, "packing", swapping)
     with pytest.raises(AssertionError, match="times its budget"):
         check(case, forced("split"), 2, DEVICE)

@@ -278,5 +278,5 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
     from fedalt.report.tensorboard import write_tensorboard
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match="pip install tensorboard"):
+    with pytest.raises(InputError, match=r"pip install 'fedalt\[tensorboard\]'"):
         write_tensorboard(tmp_path)

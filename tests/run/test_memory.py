@@ -53,7 +53,7 @@ import gc, resource, sys
 from pathlib import Path
 
 import fedalt
-from fedalt.journal import Progress
+from fedalt.store.journal import Progress
 
 sampled = {}
 end_round = Progress.end_round

@@ -114,6 +114,19 @@ def test_a_method_without_a_mixer_comes_out_as_one_adapter(tiny_config, tmp_path
         load_export(to)
 
 
+def test_a_pattern_of_a_run_becomes_the_names_it_fits(tiny_config, tmp_path):
+    lora = replace(tiny_config.lora, target_modules=r".*\.1\.self_attn\.(q|v)_proj")
+    fedalt.Federation(replace(tiny_config, rounds=1, lora=lora)).run()
+    to = export_client(tiny_config.out, "ann", tmp_path / "ann")
+    names = [f"model.layers.1.self_attn.{leaf}_proj" for leaf in "qv"]
+    assert json.loads((to / "mixer.json").read_text())["layers"] == names
+    own = json.loads((to / INDIVIDUAL / PEFT_FILES[0]).read_text())
+    assert own["target_modules"] == names
+    ours, _ = fedalt.load_client(tiny_config.out, "ann")
+    theirs, _ = load_export(to)
+    assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
 def test_what_cannot_be_exported_leaves_nothing_behind(finished, tmp_path):
     with pytest.raises(InputError, match="no client 'dan'; known: ann, bob, cyd"):
         export_client(finished.out, "dan", tmp_path / "to")

@@ -112,7 +112,7 @@ def assert_same_logits(ours, theirs, longest):
 
 def saved_by_peft(folder, dtype=torch.float32, targets=("q_proj", "v_proj"), **settings):
     """A PEFT model with no zero in its adapter, and the folder PEFT saved it to."""
-    config = LoraConfig(target_modules=list(targets), task_type="CAUSAL_LM", **settings)
+    config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings)
     model = get_peft_model(llama(), config).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.named_parameters():

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,27 @@ def test_only_the_newest_are_kept(tmp_path, keep):
 
 def test_no_checkpoint_yet(tmp_path):
     assert ckpt.load_latest(tmp_path) is None
+
+
+def test_where_folders_cannot_be_opened_files_alone_are_seen_to_disk(tmp_path, monkeypatch):
+    """As on Windows."""
+    synced, fsync = set(), os.fsync
+
+    def refuse(descriptor):
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        synced.add(found.st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(InputError, match="Permission denied"):
+        save(tmp_path / "posix", 0)
+    monkeypatch.setattr(ckpt, "_FOLDERS_OPEN", False)
+    assert holds(save(tmp_path / "windows", 1), 1)
+    files = [path for path in (tmp_path / "windows").rglob("*") if path.is_file()]
+    assert len(files) == 4
+    assert {path.stat().st_ino for path in files} <= synced
 
 
 STEPS = (

@@ -99,6 +99,7 @@ def like():
     [
         dict(r=RANK, lora_alpha=ALPHA),
         dict(r=RANK, lora_alpha=16),
+        dict(r=RANK, targets=r".*\.(q|v)_proj"),
         dict(r=5, lora_alpha=7, use_rslora=True),
         dict(r=4, lora_alpha=8, rank_pattern={"v_proj": 2}, alpha_pattern={r"1\..*.q_proj": 5}),
         dict(r=2, lora_alpha=3, dtype=torch.bfloat16),
