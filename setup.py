@@ -56,7 +56,14 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fedalt", "fedalt.*", "fedalt_kernels", "fedalt_kernels.*"]),
     package_data={
-        "fedalt": ["py.typed", "assets/base/*", "assets/vit/*", "assets/configs/*.yaml"],
+        "fedalt": [
+            "py.typed",
+            "assets/base/*",
+            "assets/vit/*",
+            "assets/configs/*.yaml",
+            "report/style.css",
+            "report/script.js",
+        ],
         "fedalt_kernels": ["py.typed", "triton/tuned/*.json"],
     },
     install_requires=[

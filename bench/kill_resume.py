@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedalt import cli
 from fedalt.config.settings import load_config
-from fedalt.report.report import read_events, read_times
+from fedalt.report.events import read_events, read_times
 from fedalt.run import rounds
 from fedalt.store.checkpoint import DRAFT, list_checkpoints
 from fedalt.store.journal import METRICS, TIMES

@@ -1,5 +1,6 @@
 """Scores of a client on its test records, texts and images alike."""
 
+from fedalt.evaluation.answers import Answers
 from fedalt.evaluation.tasks import ImageTask, Task, TextTask
 
-__all__ = ["ImageTask", "Task", "TextTask"]
+__all__ = ["Answers", "ImageTask", "Task", "TextTask"]

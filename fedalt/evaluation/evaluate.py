@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedalt.config import EvaluateConfig
 from fedalt.data import Example, ImageExample, Record, collate
+from fedalt.evaluation.answers import Answers
 from fedalt.evaluation.likelihood import choice_scores
 from fedalt.evaluation.metrics import named_option, text_scores
 from fedalt.model import GateMeter, sum_dtype
@@ -25,6 +26,7 @@ def evaluate_text(
     records: Sequence[Record],
     config: EvaluateConfig,
     meter: GateMeter | None = None,
+    kept: Answers | None = None,
 ) -> dict[str, float]:
     """Score ``model``, which holds a client's adapters, on the client's test examples.
 
@@ -32,6 +34,7 @@ def evaluate_text(
         examples: prompts and answers in token ids.
         records: what they were made of, in the same order.
         meter: watches the loss's pass over the examples.
+        kept: takes the answers, and the ROUGE-1 of each.
 
     Returns:
         ``rouge1``, ``rouge2``, ``rougeL``, ``exact_match`` in percent and ``loss`` in nats a token;
@@ -51,7 +54,10 @@ def evaluate_text(
         for i, text in zip(rows, generate(model, tokenizer, chunk, config), strict=True):
             answers[i] = text
     tokens = sum(len(example.answer) for example in examples)
-    scores = text_scores(answers, [record.output for record in records])
+    each: list[float] = []
+    scores = text_scores(answers, [record.output for record in records], each)
+    if kept is not None:
+        kept.take(answers, each)
     scores["loss"] = total.item() / tokens
     if all(record.options for record in records):
         right = sum(
@@ -90,12 +96,14 @@ def evaluate_images(
     examples: Sequence[ImageExample],
     batch_size: int,
     meter: GateMeter | None = None,
+    found: list[int] | None = None,
 ) -> dict[str, float]:
     """``accuracy`` in percent and ``loss`` in nats of an image classifier.
 
     Args:
         pixels: of a batch of examples, float32 [B, C, H, W].
         meter: watches the pass over the examples.
+        found: takes the class that the model finds in every image.
     """
     model.eval()
     weight = next(model.parameters())
@@ -106,6 +114,9 @@ def evaluate_images(
             logits = model(pixel_values=pixels(chunk).to(weight.device, weight.dtype)).logits
             labels = torch.tensor([example.label for example in chunk], device=logits.device)
             loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            total += torch.stack([(logits.argmax(-1) == labels).sum(), loss]).to(total.dtype)
+            best = logits.argmax(-1)
+            total += torch.stack([(best == labels).sum(), loss]).to(total.dtype)
+            if found is not None:
+                found += best.tolist()
     right, loss = (total / len(examples)).tolist()
     return {"accuracy": 100 * right, "loss": loss}

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-def text_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def text_scores(
+    answers: Sequence[str], references: Sequence[str], each: list[float] | None = None
+) -> dict[str, float]:
     """ROUGE-1, -2 and -L (F-measures, words stemmed) and exact match but for outer white space.
 
     Args:
         answers: as generated; one or more.
         references: the right answers, in the same order.
+        each: takes the ROUGE-1 of every answer, in percent.
 
     Returns:
         ``rouge1``, ``rouge2``, ``rougeL``, ``exact_match``: means over the answers, in percent.
@@ -23,9 +26,12 @@ def text_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, 
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     sums = dict.fromkeys((*ROUGE, "exact_match"), 0.0)
     for answer, reference in zip(answers, references, strict=True):
-        for name, score in scorer.score(reference, answer).items():
+        found = scorer.score(reference, answer)
+        for name, score in found.items():
             sums[name] += score.fmeasure
         sums["exact_match"] += answer.strip() == reference.strip()
+        if each is not None:
+            each.append(100 * found[ROUGE[0]].fmeasure)
     return {name: 100 * total / len(answers) for name, total in sums.items()}
 
 

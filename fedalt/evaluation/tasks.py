@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedalt.config import Config
 from fedalt.data import Example, ImageExample, collate, encode, pixels
 from fedalt.errors import InputError
+from fedalt.evaluation.answers import Answers
 from fedalt.evaluation.evaluate import evaluate_images, evaluate_text
 from fedalt.model import GateMeter
 from fedalt.training import answer_loss, class_loss
@@ -38,8 +39,12 @@ class Task(Protocol):
         examples: Sequence[Any],
         records: Sequence[Any],
         meter: GateMeter | None = None,
+        kept: Answers | None = None,
     ) -> dict[str, float]:
-        """Scores by name, the main one first; ``meter`` watches one pass over the examples."""
+        """Scores by name, the main one first.
+
+        ``meter`` watches one pass over the examples, ``kept`` takes the answers.
+        """
         ...
 
 
@@ -66,9 +71,10 @@ class TextTask:
         examples: Sequence[Example],
         records: Sequence[Any],
         meter: GateMeter | None = None,
+        kept: Answers | None = None,
     ) -> dict[str, float]:
         settings = self._config.evaluate
-        return evaluate_text(model, self.tool, examples, records, settings, meter)
+        return evaluate_text(model, self.tool, examples, records, settings, meter, kept)
 
 
 class ImageTask:
@@ -99,9 +105,16 @@ class ImageTask:
         examples: Sequence[ImageExample],
         records: Sequence[Any],
         meter: GateMeter | None = None,
+        kept: Answers | None = None,
     ) -> dict[str, float]:
         size = self._config.evaluate.batch_size
-        return evaluate_images(model, self._pixels, examples, size, meter)
+        if kept is None:
+            return evaluate_images(model, self._pixels, examples, size, meter)
+        found: list[int] = []
+        scores = evaluate_images(model, self._pixels, examples, size, meter, found)
+        names = {place: name for name, place in self._classes.items()}
+        kept.take([names[place] for place in found])
+        return scores
 
     def _pixels(self, batch: Sequence[ImageExample]) -> Tensor:
         return pixels([example.record for example in batch], self.tool)

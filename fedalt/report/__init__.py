@@ -1,51 +1,30 @@
 """What a run tells: tables, one page, TensorBoard events."""
 
-from fedalt.report.page import FEW, Line, document, figures, line_chart, section, sheet_html
-from fedalt.report.report import read_results, read_times, write_report
-from fedalt.report.tables import (
-    LOCAL,
-    Results,
-    Sheet,
-    compare_sheet,
-    csv_text,
-    deviation,
-    digits_of,
-    label,
-    mean_of,
-    measures,
-    number,
-    sheet_text,
-    table,
-    unseen_table,
-    wins,
-)
+from fedalt.report.client_sheets import unseen_table
+from fedalt.report.comparison import compare_page
+from fedalt.report.events import read_times
+from fedalt.report.method_sheets import compare_csv, compare_table
+from fedalt.report.report import write_report
+from fedalt.report.summary import read_results
+from fedalt.report.tables import Results, console_text, count, digits_of, number, table
 from fedalt.report.tensorboard import write_tensorboard
+from fedalt.report.words import method_verdict, wrapped
 
 __all__ = [
-    "FEW",
-    "LOCAL",
-    "Line",
     "Results",
-    "Sheet",
-    "compare_sheet",
-    "csv_text",
-    "deviation",
+    "compare_csv",
+    "compare_page",
+    "compare_table",
+    "console_text",
+    "count",
     "digits_of",
-    "document",
-    "figures",
-    "label",
-    "line_chart",
-    "mean_of",
-    "measures",
+    "method_verdict",
     "number",
     "read_results",
     "read_times",
-    "section",
-    "sheet_html",
-    "sheet_text",
     "table",
     "unseen_table",
-    "wins",
+    "wrapped",
     "write_report",
     "write_tensorboard",
 ]

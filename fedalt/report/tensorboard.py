@@ -9,7 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from fedalt.errors import not_installed
-from fedalt.report.report import Event, metrics_of, read_events_of, read_results
+from fedalt.report.events import Event, metrics_of, read_events_of
+from fedalt.report.summary import read_results
 
 Scalar = tuple[str, float, int]
 """Tag, value and step, as TensorBoard has them; a step is a round, or an epoch of a fit."""
@@ -57,7 +58,9 @@ def _runs(events: Iterable[Event], results: Mapping[str, Any]) -> dict[str, list
 
 
 def _scalars(event: Event) -> Iterator[Scalar]:
-    """What one event has to draw; ids and reasons are not drawn."""
+    """What one event has to draw; ids, reasons and answers are not drawn."""
+    if event["event"] == "answers":
+        return
     group = {"evaluate": "test", "part": event.get("part", "")}.get(event["event"], event["event"])
     numbers = dict(metrics_of(event))
     if event["event"] == "gates":

@@ -13,10 +13,11 @@ import torch
 
 from fedalt.config import Config
 from fedalt.errors import InputError, RunFailed
+from fedalt.evaluation import Answers
 from fedalt.methods import get_method
 from fedalt.model import INDIVIDUAL, REST_OF_WORLD, GateMeter, adapter_alone, load_adapter_state
-from fedalt.report import read_results, write_report
-from fedalt.run.join import fit_in, score
+from fedalt.report import count, read_results, write_report
+from fedalt.run.join import fit_in, score, told
 from fedalt.run.rounds import Play
 from fedalt.run.stage import Member, Stage, set_stage
 from fedalt.store import (
@@ -47,7 +48,7 @@ class Result:
     Attributes:
         out: the run directory.
         results: as ``results.json``: last and best scores by client, and their means.
-        table: one line a client, as text.
+        table: for a terminal, one line a client, and the verdict.
         page: the path of the report.
     """
 
@@ -79,14 +80,14 @@ class Federation:
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
-        out = claim_run_dir(config, resume)
+        out, began = claim_run_dir(config, resume), time.perf_counter()
         stage = set_stage(config)
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out):
-            return self._run(stage, out, resume)
+            return self._run(stage, out, resume, began)
 
-    def _run(self, stage: Stage, out: Path, resume: bool) -> Result:
+    def _run(self, stage: Stage, out: Path, resume: bool, began: float) -> Result:
         config = self.config
         saved = load_latest(out) if resume else None
         if saved:
@@ -97,6 +98,9 @@ class Federation:
         micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
         kept = saved.record["metrics_bytes"] if saved else 0
         with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
+            if done < config.rounds:
+                journal.start(done + 1, time.perf_counter() - began, _device(stage))
+                progress.say(_opening(stage, out, done + 1))
             for number in range(done + 1, config.rounds + 1):
                 draft = Draft(out, number)
                 if saved is None:
@@ -143,6 +147,24 @@ def _progress(stage: Stage, done: int) -> Progress:
     return Progress(config.rounds, round(steps * config.federation.participation), done)
 
 
+def _opening(stage: Stage, out: Path, first: int) -> str:
+    """What is about to be run: ``8 clients, 6 rounds of 30 steps, fedalt, on cpu -> DIR``."""
+    config = stage.config
+    steps = sorted({count_steps(member.examples, config.train) for member in stage.known})
+    span = f"{steps[0]} to {steps[-1]}" if steps[1:] else str(steps[0])
+    clients = count(len(stage.known), "client")
+    clients += f" and {len(stage.unseen)} held out" if stage.unseen else ""
+    rounds = f"{count(config.rounds, 'round')} of {span} {'step' if span == '1' else 'steps'}"
+    rounds += f", from round {first} on" if first else ""
+    return f"{clients}, {rounds}, {stage.method.name}, on {_device(stage)} -> {out}"
+
+
+def _device(stage: Stage) -> str:
+    """Where the model is, by name: ``cpu``, or a GPU's own."""
+    device = next(stage.model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def _begin(stage: Stage, draft: Draft) -> dict[str, int]:
     """Round 0: every client's first state."""
     for member in stage.known:
@@ -156,16 +178,20 @@ def _begin(stage: Stage, draft: Draft) -> dict[str, int]:
 def _evaluate(
     stage: Stage, draft: Draft, number: int, journal: Journal, progress: Progress
 ) -> None:
-    """Score every client with what it uses; after the last round, with each adapter alone too."""
+    """Score every client with what it uses; after the last round, with each adapter alone too.
+
+    Before the first round and after the last one, some answers are kept.
+    """
     apart = stage.method.rest_of_world and stage.config.evaluate.parts
     parts = (INDIVIDUAL, REST_OF_WORLD) if number == stage.config.rounds else ()
+    ends = number in (0, stage.config.rounds)
     stage.load_base(draft)
     for member in stage.known:
         started = time.perf_counter()
         load_adapter_state(stage.model, draft.state(CLIENTS, member.id).read())
-        meter = GateMeter(stage.model)
+        meter, kept = GateMeter(stage.model), Answers() if ends else None
         try:
-            scores = score(stage, member, meter)
+            scores = score(stage, member, meter, kept)
             alone = {part: _score_alone(stage, member, part) for part in parts if apart}
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -178,6 +204,8 @@ def _evaluate(
             journal.fail(number, member.id, error)
             continue
         journal.write("evaluate", number, member.id, **scores)
+        if kept is not None:
+            journal.write("answers", number, member.id, **told(stage, member, kept))
         if stage.method.rest_of_world:
             journal.write("gates", number, member.id, layers=meter.means())
         for part, own in alone.items():

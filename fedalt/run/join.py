@@ -13,6 +13,7 @@ import torch
 from fedalt.config import PartitionConfig
 from fedalt.data import load_clients
 from fedalt.errors import InputError
+from fedalt.evaluation import Answers
 from fedalt.methods import get_method, mean
 from fedalt.model import (
     INDIVIDUAL,
@@ -36,10 +37,17 @@ NEAREST = 3
 """How many of the known clients' individual LoRAs ``join_start: nearest`` takes the mean of."""
 
 
-def score(stage: Stage, member: Member, meter: GateMeter | None = None) -> dict[str, float]:
+def score(
+    stage: Stage, member: Member, meter: GateMeter | None = None, kept: Answers | None = None
+) -> dict[str, float]:
     """A client's scores on its test records, with the state that the model holds."""
     examples = stage.examples(member)
-    return stage.task.evaluate(stage.model, examples.test, examples.test_records, meter)
+    return stage.task.evaluate(stage.model, examples.test, examples.test_records, meter, kept)
+
+
+def told(stage: Stage, member: Member, kept: Answers) -> dict[str, Any]:
+    """What the journal keeps of a client's records and its answers to them."""
+    return {"train": member.examples, **kept.event(stage.examples(member).test_records)}
 
 
 def welcome(stage: Stage, saved: Checkpoint, member: Member) -> State:
@@ -85,8 +93,10 @@ def fit_in(stage: Stage, saved: Checkpoint, member: Member, run_dir: Path) -> No
     events: list[dict[str, Any]] = [{"event": "join", "round": config.rounds, "client": member.id}]
 
     def note(epoch: int) -> None:
-        row = {"event": "evaluate", "round": epoch, "client": member.id, "unseen": True}
-        events.append(row | score(stage, member))
+        row = {"round": epoch, "client": member.id, "unseen": True}
+        kept = Answers()
+        events.append({"event": "evaluate"} | row | score(stage, member, kept=kept))
+        events.append({"event": "answers"} | row | told(stage, member, kept))
 
     stage.load_base(saved)
     load_adapter_state(stage.model, welcome(stage, saved, member))

@@ -15,7 +15,7 @@ from fedalt.store.checkpoint import (
     write_state,
     writing,
 )
-from fedalt.store.journal import Journal, Progress
+from fedalt.store.journal import TIMES, Journal, Progress, about
 from fedalt.store.peft_files import as_peft_files, free_folder, read_peft_adapter, write_folder
 from fedalt.store.rundir import (
     CONFIG,
@@ -36,12 +36,14 @@ __all__ = [
     "OPTIMIZER",
     "RESULTS",
     "SERVER",
+    "TIMES",
     "Checkpoint",
     "Draft",
     "Journal",
     "Progress",
     "StateFolder",
     "StoredState",
+    "about",
     "as_peft_files",
     "claim_run_dir",
     "free_folder",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,15 @@ from fedalt.errors import InputError, first_line
 from fedalt.store.checkpoint import writing
 
 METRICS, TIMES, ERRORS = "metrics.jsonl", "times.jsonl", "errors.log"
+PACKAGES = ("fedalt", "torch", "transformers")
+"""Whose versions are taken down."""
 
 
 class Journal:
     """``metrics.jsonl``: a line an event, no clock in it, so equal runs write equal bytes.
 
-    Beside it, ``times.jsonl`` has the seconds of every phase and ``errors.log`` the tracebacks of
-    clients that failed; both differ from run to run.
+    Beside it, ``times.jsonl`` has the seconds of every phase, with date and versions of every
+    start, and ``errors.log`` the tracebacks of clients that failed; both differ from run to run.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
@@ -45,10 +50,17 @@ class Journal:
             self._file.truncate(keep)
             _drop_cut_line(run_dir / TIMES)
 
-    def time(self, number: int, phase: str, client: str, seconds: float) -> None:
+    def start(self, number: int, seconds: float, device: str) -> None:
+        """Append what it took to set up the rounds from ``number`` on, when, and by what."""
+        versions = {name: _version(name) for name in PACKAGES}
+        date = datetime.now().astimezone().isoformat(timespec="seconds")
+        more = {"date": date, "device": device, "python": platform.python_version(), **versions}
+        self.time(number, "start", "", seconds, **more)
+
+    def time(self, number: int, phase: str, client: str, seconds: float, **more: str) -> None:
         """Append what a phase of round ``number`` took, of one client or of all."""
         row = {"round": number, "phase": phase, "client": client, "seconds": round(seconds, 4)}
-        self._append(TIMES, json.dumps(row))
+        self._append(TIMES, json.dumps(row | more))
 
     def fail(self, number: int, client: str, error: Exception, **values: Any) -> str:
         """Note that a client failed in round ``number``; its traceback goes to ``errors.log``."""
@@ -85,11 +97,26 @@ class Journal:
             self._file.close()
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run out of its source tree
+        return "not installed"
+
+
 def _drop_cut_line(path: Path) -> None:
     """Take from a file of lines the last one if a full disk or a kill has cut it short."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
         path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def about(seconds: float) -> str:
+    """A guess at a time as people say one: ``about 40 s``, ``about 12 min``, ``about 2.5 h``."""
+    if seconds < 60:
+        return f"about {max(round(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    return f"about {minutes} min" if minutes < 100 else f"about {seconds / 3600:.1f} h"
 
 
 class Progress:
@@ -98,7 +125,7 @@ class Progress:
     def __init__(self, rounds: int, steps_a_round: int, done: int) -> None:
         self._rounds, self._loss, self._scores = rounds, "-", list[float]()
         self._name = ""
-        self._mark = time.monotonic()
+        self._mark, self._took = time.monotonic(), list[float]()
         self._bar = tqdm(
             total=rounds * steps_a_round,
             initial=done * steps_a_round,
@@ -127,7 +154,12 @@ class Progress:
             self._scores.clear()
         now = time.monotonic()
         line.append(f"{now - self._mark:.1f} s")
+        if number:  # round 0 trains nothing and tells nothing of the others
+            self._took.append(now - self._mark)
         self._mark = now
+        if self._took and number < self._rounds:
+            left = (self._rounds - number) * sum(self._took) / len(self._took)
+            line.append(f"{about(left)} left")
         self.say("  ".join(line))
 
     def say(self, line: str) -> None:

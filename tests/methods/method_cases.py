@@ -20,7 +20,7 @@ from fedalt.config.schema import Config
 from fedalt.methods.fedalt import get_method
 from fedalt.methods.method import Round
 from fedalt.model import states
-from fedalt.report.report import read_events
+from fedalt.report.events import read_events
 from fedalt.run import federation as run
 from fedalt.run import rounds
 from fedalt.run.cohort import derive_seed

@@ -2,15 +2,18 @@
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
-from fedalt.report.page import Line, _ticks, heat_map, line_chart, sheet_html, stacked_bars, text
-from fedalt.report.report import run_page, summarise
-from fedalt.report.tables import Sheet, sheet_text, table
+from fedalt.report.charts import LINE, Line, _ticks, apart, heat_map, line_chart, stacked_bars
+from fedalt.report.page import sheet_html, text
+from fedalt.report.report import answers_in, run_page
+from fedalt.report.summary import summarise
+from fedalt.report.tables import Sheet, console_text, shorten, table
 
-VOID = {"meta"}
+VOID = {"meta", "br"}
 ODD = '<b>"Zoë" & \x1b\u682a</b>'
 
 
@@ -86,11 +89,12 @@ def test_a_run_has_all_its_sections():
         assert heading in headings
     assert reader.count("title") > 1  # the page's own, and those of what is drawn
     facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html)
-    assert facts == [
+    assert facts[:7] == [
+        ("method", "fedalt"),
         ("clients", "2"),
         ("rounds", "3"),
         ("mean ROUGE-1", "0.5 → 30.5"),
-        ("time", "12.0 s"),
+        ("wall time", "12.0 s"),
         ("sent by clients", "6 MiB"),
         ("received by clients", "6 MiB"),
     ]
@@ -117,8 +121,10 @@ def test_a_page_can_be_read_without_seeing_it():
         if tag == "svg":
             assert given.get("aria-label") or given.get("aria-hidden") == "true"
         if tag == "th":
-            assert given["scope"] in ("col", "row")
+            assert given["scope"] in ("col", "row", "colgroup")
     assert reader.count("thead") == reader.count("table") == 2
+    classes = [given.get("class") for tag, given in reader.tags if tag in ("div", "p")]
+    assert classes.count("scrolls") == classes.count("hint across") == 2  # where it goes on
 
 
 def test_what_comes_from_outside_is_only_shown():
@@ -151,7 +157,8 @@ def test_one_client_or_a_hundred(clients, rounds):
         assert styles == ["c0"]
     else:
         assert styles == ["thin"] * 100 + ["worst", "mean"]
-        assert "worst: client-0</span>" in html
+        names = [label.text for label in curves.findall("text[@class='name']")]
+        assert sorted(names) == ["mean", "worst: client-0"]
     assert len(lines_of(curves)[0].get("points").split()) == max(rounds + 1, 2)
 
 
@@ -159,7 +166,8 @@ def test_a_running_run_without_times_or_a_base():
     html, _ = page_of(events_of(["ann", "bob"], 2, first_round=2), finished=False)
     assert "<dd>2 so far</dd>" in html
     assert "<dd>- → 20.5</dd>" in html
-    assert "<dt>time</dt><dd>-</dd>" in html
+    assert "<dt>wall time</dt><dd>-</dd>" in html
+    assert "By ROUGE-1, so far, in round 2, the base before training was not scored." in html
 
 
 def test_a_client_without_scores_has_its_row():
@@ -186,7 +194,9 @@ def test_a_line_of_one_point_is_a_dot():
 
 
 def test_bars_are_stacked():
-    (chart,) = charts(stacked_bars("time", "round", {1: {"train": 3.0, "save": 1.0}}))
+    (chart,) = charts(
+        stacked_bars("time", "round", {1: {"train": 3.0, "save": 1.0}}, ["train", "save"])
+    )
     low, high = chart.findall("rect")
     pixels = 254 - 12
     assert float(low.get("height")) == pytest.approx(pixels * 3 / 4, abs=0.1)
@@ -197,7 +207,7 @@ def test_bars_are_stacked():
 
 def test_gates_are_coloured_by_their_distance_from_one_half():
     gates = {"ann": {"model.0.q": 0.5, "model.1.q": 0.75}, "bob": {"model.1.q": 0.2}}
-    html = heat_map("gates", gates)
+    html = heat_map("gates", gates, ("left", "right"))
     (chart,) = charts(html)
     cells = [rect for rect in chart.findall("rect") if rect.find("title") is not None]
     shown = [(c.find("title").text, c.get("class"), c.get("fill-opacity")) for c in cells]
@@ -208,8 +218,21 @@ def test_gates_are_coloured_by_their_distance_from_one_half():
     ]
     # the layers' common beginning is left out
     assert [label.text for label in chart.findall("text")] == ["0.q", "1.q", "ann", "bob"]
-    assert re.findall(r"</svg>([\d.]+)</span>", html) == ["0.2", "0.5", "0.8"]
-    assert heat_map("gates", {}) == heat_map("gates", {"ann": {}}) == ""
+    assert heat_map("gates", {}, ("", "")) == heat_map("gates", {"ann": {}}, ("", "")) == ""
+
+
+def test_the_gates_colours_have_a_ramp_with_numbers_and_words():
+    html = heat_map("gates", {"ann": {"0.q": 0.2}}, ("left", "right"))
+    ramp = drawings(html)[0]
+    assert [label.text for label in ramp.findall("text")] == ["0.2", "0.5", "0.8"]
+    shades = [r for r in ramp.findall("rect") if r.get("class") != "null"]
+    depths = [float(shade.get("fill-opacity")) for shade in shades]
+    half = len(shades) // 2
+    assert [shade.get("class") for shade in shades] == ["c0"] * half + ["c4"] * half
+    assert depths[:half] == sorted(depths, reverse=True)[::2]
+    assert depths[half:] == depths[half - 1 :: -1]
+    assert re.findall(r'class="ramp"><span>(.*?)</span>', html) == ["left"]
+    assert re.findall(r"</svg><span>(.*?)</span></div>", html) == ["right"]
 
 
 def test_ticks_are_round_and_hold_the_range():
@@ -245,8 +268,143 @@ def test_columns_line_up():
     ]
 
 
-def test_a_table_too_wide_for_a_terminal_goes_on_below():
-    sheet = Sheet(["client", "a" * 60, "b" * 60], [["ann", "1", "2"]], [["mean", "1", "2"]], fold=2)
-    upper, lower = sheet_text(sheet).split("\n\n")
-    assert upper.splitlines()[2:] == [f"| ann    | {'1':>60} |", f"| mean   | {'1':>60} |"]
-    assert lower.splitlines()[2:] == [f"| ann    | {'2':>60} |", f"| mean   | {'2':>60} |"]
+def width(text):
+    return max(map(len, text.splitlines()))
+
+
+def test_a_terminal_shows_the_columns_that_matter_within_80_characters():
+    header = ["client", "a" * 40, "b" * 40, "c" * 10, "d"]
+    sheet = Sheet(header, [["ann", "1", "2", "3", "4"]], [["mean", *"1234"]], order=[2, 1, 3, 4])
+    lines = console_text(sheet).splitlines()
+    assert lines[0] == f"| client | {'b' * 40} | {'c' * 10} | d |"
+    assert lines[2].split() == ["|", "ann", "|", "2", "|", "3", "|", "4", "|"]
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "株" * 50, "a|" * 40, "client-with-a-long-name-17"])
+def test_long_names_lose_their_middle_in_a_terminal(name):
+    sheet = Sheet(["client", *["score"] * 6], [[name, *["12.3"] * 6]])
+    text = console_text(sheet)
+    assert width(text) <= 80
+    assert "…" in text
+    assert "12.3" in text
+    assert name in sheet_html(sheet)
+
+
+def test_a_name_is_cut_to_its_ends():
+    assert shorten("summarise-news-of-hospital-17", 12) == "summa…tal-17"
+    assert shorten("short", 12) == "short"
+    assert shorten("株" * 10, 7) == "株…株株"
+
+
+def test_heads_have_two_lines_of_which_the_upper_spans_its_columns():
+    heads = [("", "client"), ("ROUGE-1", "base"), ("ROUGE-1", "individual alone"), ("", "gate")]
+    html = sheet_html(Sheet(["client", "a", "b", "c"], [["ann", "1", "2", "3"]], heads=heads))
+    upper, lower = re.findall("<tr>(.*?)</tr>", html)[:2]
+    assert re.findall(r'colspan="(\d)">(?:<span>(.*?)</span>)?</th>', upper) == [
+        ("1", ""),
+        ("2", "ROUGE-1"),
+        ("1", ""),
+    ]
+    titles = re.findall(r"<th scope=\"col\">(.*?)</th>", lower)
+    assert titles == ["client", "base", "individual<br>alone", "gate"]
+
+
+def test_names_stand_at_the_curves_ends_and_apart():
+    lines = [
+        Line(name, [(0, 0.0), (1, end)], "c0")
+        for name, end in zip("abcd", (9, 9, 9, 0), strict=True)
+    ]
+    (chart,) = charts(line_chart("score", "round", lines))
+    names = {label.text: float(label.get("y")) for label in chart.findall("text[@class='name']")}
+    assert set(names) == set("abcd")
+    heights = sorted(names.values())
+    assert min(b - a for a, b in pairwise(heights)) >= LINE - 0.1
+    assert names["d"] == max(heights)
+    ends = {line.get("points").split()[-1] for line in lines_of(chart)}
+    leaders = {path.get("d").split()[0].removeprefix("M") for path in chart.findall("path")}
+    assert leaders == ends
+    right = float(chart.get("viewBox").split()[2])
+    assert all(float(t.get("x")) + 8 < right for t in chart.findall("text[@class='name']"))
+    # a curve alone is named by its caption
+    assert "name" not in line_chart("score", "round", lines[:1])
+
+
+def test_names_move_as_little_as_it_takes():
+    assert apart([]) == []
+    assert apart([50, 100]) == [50, 100]
+    assert apart([100, 100]) == [100 - LINE / 2, 100 + LINE / 2]
+    assert apart([12, 12]) == [12, 12 + LINE]  # not above the drawing
+    crowd = apart([254.0] * 30)
+    assert crowd[0] >= 12
+    assert crowd[-1] <= 254
+    assert crowd == sorted(crowd)
+
+
+ANSWERS = [
+    {
+        "event": "answers",
+        "round": number,
+        "client": client,
+        "train": 8,
+        "test": 2,
+        "scores": [0.0, 50.0],
+        "shown": [
+            {"asked": "Note\nHow <many>?", "gold": "two & <b>", "given": given},
+            {"asked": "And now?", "gold": "three", "given": "three"},
+        ],
+    }
+    for client in ("ann", "bob")
+    for number, given in ((0, "none"), (3, f"<i>{client}</i>"))
+]
+
+
+def test_questions_are_shown_with_right_base_and_last_answers():
+    events = [*events_of(["ann", "bob"], 3), *ANSWERS]
+    html = run_page("a run", summarise(events), [], "", True, answers_in(events))
+    Reader(html)
+    assert "<i>" not in html
+    folded = r"<details( open)?><summary>(?:ann|bob)</summary>(.*?)</details>"
+    ann, bob = re.findall(folded, html, re.DOTALL)
+    assert (ann[0], bob[0]) == (" open", "")
+    heads = re.findall(r'<th scope="col">(.*?)</th>', ann[1])
+    assert heads == ["question", "right<br>answer", "base<br>(round 0)", "mixed<br>(round 3)"]
+    cells = re.findall(r"<td>(.*?)</td>", ann[1], re.DOTALL)
+    assert cells[:3] == ["two &amp; &lt;b&gt;", "none", "&lt;i&gt;ann&lt;/i&gt;"]
+    assert '<th scope="row">Note\nHow &lt;many&gt;?</th>' in ann[1]
+    assert "640 train" not in html
+    assert "<dt>records</dt><dd>16 train, 4 test</dd>" in html
+
+
+def test_a_page_names_what_was_run_and_by_what():
+    start = {"round": 0, "phase": "start", "client": "", "seconds": 1.0, "device": "cpu"}
+    start |= {"date": "2026-01-02T03:04:05+00:00", "python": "3.12.1", "fedalt": "0.1"}
+    start |= {"torch": "2.11", "transformers": "5.17"}
+    again = start | {"round": 2, "date": "2026-01-03T00:00:00+00:00", "torch": "2.12"}
+    config = (
+        "method: fedalt\nseed: 7\nmodel: {path: m/x, dtype: bfloat16, quantization: nf4}\n"
+        "data: {path: d/y, kind: text}\nlora: {rank: 4, alpha: 8.0}\ntrain: {max_steps: 30}\n"
+    )
+    html, _ = page_of(events_of(["ann", "bob"], 3), [start, again], config)
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    assert facts["model"] == "m/x, bfloat16, nf4"
+    assert facts["data"] == "d/y"
+    assert facts["seed"] == "7"
+    assert facts["rounds"] == "3, 30 steps each"
+    assert facts["device"] == "cpu"
+    assert facts["date"] == "2026-01-02 03:04 to 2026-01-03 00:00"
+    assert facts["versions"] == (
+        "fedalt 0.1, torch 2.11, transformers 5.17, Python 3.12.1; "
+        "fedalt 0.1, torch 2.12, transformers 5.17, Python 3.12.1"
+    )
+    assert facts["wall time"] == "2.0 s"
+
+
+def test_words_that_are_not_in_a_table_are_not_explained():
+    html, _ = page_of(events_of(["ann", "bob"], 3))
+    terms = html.partition('<dl class="terms">')[2].partition("</dl>")[0]
+    assert "<dt>gate</dt>" in terms
+    assert "<dt>mean, worst, spread</dt>" in terms
+    assert "<dt>alone</dt>" not in terms
+    assert "<dt>95 % interval</dt>" not in terms
+    assert "<dt>accuracy</dt>" not in terms

@@ -8,8 +8,11 @@ import sys
 import pytest
 
 from fedalt.errors import InputError
-from fedalt.report.report import read_events, read_results, read_times, summarise, write_report
-from fedalt.report.tables import client_csv, client_table, duration, mib, spread_of, unseen_table
+from fedalt.report.client_sheets import client_csv, client_table, unseen_table
+from fedalt.report.events import read_events, read_times
+from fedalt.report.report import write_report
+from fedalt.report.summary import read_results, summarise
+from fedalt.report.tables import duration, mib, spread_of
 
 
 def scored(number, client, rouge1, loss=1.0, **more):
@@ -211,7 +214,9 @@ def test_a_running_run_can_be_reported(tmp_path):
     assert "ann" in text
     assert page == tmp_path / "report" / "report.html"
     assert "1 so far" in page.read_text()
-    assert (tmp_path / "report" / "clients.md").read_text() == text + "\n"
+    table, verdict = text.split("\n\n")
+    assert (tmp_path / "report" / "clients.md").read_text() == table + "\n"
+    assert verdict.startswith("By ROUGE-1, so far, in round 1, ")
     assert (tmp_path / "report" / "clients.csv").read_text().count("\n") == 3
 
 
@@ -222,7 +227,8 @@ def test_clients_that_joined_have_files_of_their_own(tmp_path):
     (tmp_path / "joined" / "cyd.jsonl").write_text(lines)
     assert read_results(tmp_path) == summarise([*EVENTS, *UNSEEN])
     text, page = write_report(tmp_path, "a run")
-    assert text.endswith(unseen_table(read_results(tmp_path)))
+    assert unseen_table(read_results(tmp_path)) in text
+    assert "Of unseen clients, the fit beats where it\nbegan in 1 of 1 client" in text
     assert "<h2>Unseen clients" in page.read_text()
 
 

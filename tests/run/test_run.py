@@ -12,7 +12,7 @@ import fedalt
 from bench import kill_resume
 from fedalt.config.schema import SAMPLE
 from fedalt.model.states import adapter_state, load_adapter_state, select
-from fedalt.report.report import read_events
+from fedalt.report.events import read_events
 from fedalt.run.cohort import derive_seed
 from fedalt.run.stage import set_stage
 from fedalt.serving.clients import evaluate_run

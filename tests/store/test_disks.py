@@ -30,7 +30,7 @@ def refused(out, capsys):
     assert main(["run", "--out", str(out), "--resume"]) == 2
     errors = capsys.readouterr().err
     lines = [line for line in errors.splitlines() if not line.startswith("round ")]
-    lines = [line for line in lines if "Loading weights" not in line]
+    lines = [line for line in lines if "Loading weights" not in line and " -> " not in line]
     assert len(lines) == 1, errors
     return lines[0]
 

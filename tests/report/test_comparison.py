@@ -10,9 +10,12 @@ from xml.etree import ElementTree
 import pytest
 
 from fedalt.errors import InputError
-from fedalt.report.report import summarise
-from fedalt.report.tables import sheet_text
-from fedalt.run.comparison import compare, compare_csv, compare_page, compare_table, seed_sheet
+from fedalt.report import compare_csv, compare_page, compare_table
+from fedalt.report.method_sheets import seed_sheet
+from fedalt.report.summary import summarise
+from fedalt.report.tables import console_text, sheet_text
+from fedalt.report.words import method_verdict
+from fedalt.run.comparison import compare
 
 
 def run_of(ann, bob, seconds=None, sent=0, unseen=None):
@@ -145,3 +148,61 @@ def test_the_page_without_traffic_has_no_price():
 def test_methods_beyond_the_colours_are_dashed(count):
     runs = {f"method-{i}": RUNS["fedit"] for i in range(count)}
     assert ("c0 dashed" in compare_page("many", runs, SEEDS, "")) == (count > 8)
+
+
+def test_the_verdict_names_the_first_and_what_training_alone_reaches():
+    # fedalt: 65 and 69; local: 57.5 and 59.5; three of four clients above theirs in local
+    assert method_verdict(RUNS, SEEDS) == (
+        "By ROUGE-1, fedalt comes first: 67.0 over 2 seeds, 8.5 above local and ahead of it with 2 "
+        "of 2. It beats local, each client alone, in 3 of 4 pairs of client and seed, by 8.5 on "
+        "average."
+    )
+    one = {name: results[:1] for name, results in RUNS.items() if name != "local"}
+    assert method_verdict(one, [3]) == (
+        "By ROUGE-1, fedalt comes first: 65.0 over 1 seed, 10.0 above fedit. One seed does not "
+        "tell how far that varies. Without local nothing tells what each client reaches alone."
+    )
+    even = {"fedit": RUNS["fedit"], "fedalt": RUNS["fedit"]}
+    assert (
+        "fedit comes first: 55.5 over 2 seeds, level with fedalt and ahead of it with 0 of 2."
+        in (method_verdict(even, SEEDS))
+    )
+    behind = {"fedit": RUNS["fedit"], "local": RUNS["local"]}
+    assert method_verdict(behind, SEEDS) == (
+        "By ROUGE-1, local comes first: 58.5 over 2 seeds, 3.0 above fedit and ahead of it with 2 "
+        "of 2."
+    )
+
+
+def test_the_tables_fit_a_terminal_and_keep_what_matters():
+    runs = {f"fedalt-with-a-very-long-name-{i}": results for i, results in enumerate(RUNS.values())}
+    runs["local"] = RUNS["local"]
+    many = list(range(30))
+    wide = {name: results * 15 for name, results in runs.items()}
+    text = compare_table(wide, many, console_text)
+    assert max(map(len, text.splitlines())) <= 80
+    methods, by_seed = text.split("\n\n")
+    assert {"method", "ROUGE-1 last", "worst", "wins"} <= set(cells(methods)[0])
+    assert cells(by_seed)[0][-1] == "mean"
+    assert len(cells(compare_table(wide, many).split("\n\n")[1])[0]) == 32  # the file has all
+
+
+def test_the_page_says_what_was_run():
+    times = [
+        {
+            **{"round": 0, "phase": "start", "client": "", "seconds": 2.0, "device": "cpu"},
+            **{"date": "2026-01-02T03:04:05+00:00", "python": "3.12.1", "fedalt": "0.1"},
+            **{"torch": "2.11", "transformers": "5.17"},
+        },
+        {"round": 1, "phase": "train", "client": "ann", "seconds": 60.0},
+    ]
+    html = compare_page("t", RUNS, SEEDS, "model: {path: m}\nmethod: fedalt\n", times)
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    assert facts["model"] == "m"
+    assert "method" not in facts
+    assert (facts["seeds"], facts["clients"], facts["device"]) == ("3, 7", "2", "cpu")
+    assert facts["time of all runs"] == "1 min 2 s"
+    assert facts["versions"] == "fedalt 0.1, torch 2.11, transformers 5.17, Python 3.12.1"
+    assert '<p class="verdict">By ROUGE-1, fedalt comes first' in html
+    names = re.findall(r'class="name"[^>]*>(.*?)</text>', html)
+    assert sorted(names) == sorted(["fedalt", "fedit", "local"] * 3)
