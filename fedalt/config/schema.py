@@ -200,10 +200,15 @@ class EvaluateConfig:
     parts: bool = True
     """After the last round, score each of a client's two adapters alone as well."""
 
+    answers: int = 5
+    """Test questions of each client that the run's record keeps word for word, with the answers
+    before and after training; 0: none."""
+
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "max_new_tokens", "num_beams"):
             value = getattr(self, name)
             require(value >= 1, f"evaluate.{name}", "at least 1", value)
+        require(self.answers >= 0, "evaluate.answers", "at least 0", self.answers)
 
 
 @dataclass(frozen=True)

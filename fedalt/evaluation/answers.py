@@ -9,8 +9,6 @@ from typing import Any
 
 from fedalt.data import ImageRecord
 
-SHOWN = 5
-"""Questions of a client that are kept word for word."""
 LENGTH = 300
 """Characters of a question or an answer; a longer one is cut."""
 
@@ -20,10 +18,12 @@ class Answers:
     """Filled by an evaluation that is handed it.
 
     Attributes:
+        shown: questions that are kept word for word.
         given: the answer to every test record, as generated; of images, the class.
         scores: of texts, every answer's main score in percent; empty where the mean tells them.
     """
 
+    shown: int
     given: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
 
@@ -35,10 +35,10 @@ class Answers:
         """As the journal keeps them: ``test`` (how many), ``scores`` and ``shown``.
 
         Args:
-            records: the test records. Five of them, evenly spread, are shown; the same ones each
+            records: the test records. Some of them, evenly spread, are shown; the same ones each
                 time.
         """
-        places = sorted({i * len(records) // SHOWN for i in range(SHOWN)})
+        places = sorted({i * len(records) // self.shown for i in range(self.shown)})
         shown = [
             {
                 "asked": _cut(_question(records[place], place)),

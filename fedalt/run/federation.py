@@ -189,7 +189,8 @@ def _evaluate(
     for member in stage.known:
         started = time.perf_counter()
         load_adapter_state(stage.model, draft.state(CLIENTS, member.id).read())
-        meter, kept = GateMeter(stage.model), Answers() if ends else None
+        meter = GateMeter(stage.model)
+        kept = Answers(stage.config.evaluate.answers) if ends else None
         try:
             scores = score(stage, member, meter, kept)
             alone = {part: _score_alone(stage, member, part) for part in parts if apart}

@@ -94,7 +94,7 @@ def fit_in(stage: Stage, saved: Checkpoint, member: Member, run_dir: Path) -> No
 
     def note(epoch: int) -> None:
         row = {"round": epoch, "client": member.id, "unseen": True}
-        kept = Answers()
+        kept = Answers(stage.config.evaluate.answers)
         events.append({"event": "evaluate"} | row | score(stage, member, kept=kept))
         events.append({"event": "answers"} | row | told(stage, member, kept))
 

@@ -1,10 +1,13 @@
 """What is kept of a client's answers: five questions, evenly spread, cut to a length."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import fedalt
 from fedalt.config import DataConfig, EvaluateConfig, ModelConfig
 from fedalt.data import ImageExample, ImageRecord, Record, encode
 from fedalt.evaluation import evaluate
@@ -15,7 +18,7 @@ from tests.evaluation.test_evaluate import RECORDS, Table, first_pixels
 
 
 def kept(given, scores=()):
-    answers = Answers()
+    answers = Answers(5)
     answers.take(given, scores)
     return answers
 
@@ -59,7 +62,7 @@ def test_an_evaluation_hands_over_every_answer_and_its_score(tiny_base, monkeypa
     said = {e.prompt: r.output for e, r in zip(examples, RECORDS, strict=True)}
     said[examples[2].prompt] = f"{RECORDS[2].output} zzz"
     monkeypatch.setattr(evaluate, "generate", lambda *a: [said[e.prompt] for e in a[2]])
-    answers = Answers()
+    answers = Answers(5)
     config = EvaluateConfig(batch_size=2)
     scores = evaluate_text(model, tokenizer, examples, RECORDS, config, kept=answers)
     assert answers.given == [said[e.prompt] for e in examples]
@@ -74,3 +77,12 @@ def test_an_evaluation_of_images_tells_every_class_found():
     found: list[int] = []
     evaluate_images(model, first_pixels, images, 2, found=found)
     assert found == [0, 1, 0]
+
+
+def test_a_run_may_keep_none_of_its_questions(tiny_config):
+    config = replace(tiny_config, evaluate=replace(tiny_config.evaluate, answers=0), rounds=1)
+    fedalt.Federation(config).run()
+    lines = (Path(config.out) / "metrics.jsonl").read_text("utf-8").splitlines()
+    kept = [event for event in map(json.loads, lines) if event["event"] == "answers"]
+    assert kept
+    assert all(event["shown"] == [] for event in kept)
