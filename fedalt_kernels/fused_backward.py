@@ -82,6 +82,12 @@ def plan_backward(
             dy, ranks.edges[-1], gated, weights, ranks, scaling, ups, dtype, makes_up=True
         )
 
+    edges, n = ranks.edges, dy.shape[1]
+    first_down, below, _ = downs or Span(0, 0, 0)
+    first_up = ups.first if ups else 0
+    wanted_downs = [e for e, need in enumerate(needs_downs) if need]
+    wanted_ups = [e for e, need in enumerate(needs_ups) if need]
+
     def run(
         dy: Tensor,
         x: Tensor,
@@ -127,11 +133,6 @@ def plan_backward(
             grads.append(mine.view(n, -1).to(branches.ups[e].dtype))
         return grads
 
-    edges, n = ranks.edges, dy.shape[1]
-    first_down, below, _ = downs or Span(0, 0, 0)
-    first_up = ups.first if ups else 0
-    wanted_downs = [e for e, need in enumerate(needs_downs) if need]
-    wanted_ups = [e for e, need in enumerate(needs_ups) if need]
     return run
 
 

@@ -119,33 +119,17 @@ def _reduce_share(
         acc *= scaling
     elif GATED:
         b_mixer = tl.sum(tl.reshape(parts, (BLOCK_C, 2, GATES)), 1)
+    is_last = True
     if SHARED:
         store_share(
             shares, acc, b_mixer, share, rank, at, C, SPAN, WIDTH, BLOCK_C, BLOCK_R, PRECISION
         )
         tl.debug_barrier()
-        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == count - 1:
+        is_last = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == count - 1
+    if is_last:
+        if SHARED:
             tl.store(arrived, 0)
             acc, b_mixer = sum_shares(shares, count, rank, at, C, SPAN, WIDTH, BLOCK_C, BLOCK_R)
-            store_sum(
-                out,
-                acc,
-                b_mixer,
-                rank,
-                at,
-                C,
-                E,
-                EDGES,
-                FIRST,
-                LAST,
-                SPAN,
-                WIDTH,
-                BLOCK_C,
-                BLOCK_R,
-                MAKES_UP,
-                PRECISION,
-            )
-    else:
         store_sum(
             out,
             acc,
