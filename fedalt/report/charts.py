@@ -251,7 +251,7 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Three to seven round numbers, from at or below ``low`` to at or above ``high``."""
     span = (high - low) or max(abs(high), 1)
     power = 10 ** math.floor(math.log10(span / 3))
-    step = max(power * next(f for f in (5, 2, 1) if span / (power * f) >= 3), 1 if whole else 0)
+    step = max(power * next((f for f in (5, 2) if span / (power * f) >= 3), 1), 1 if whole else 0)
     first, last = math.floor(low / step), math.ceil(high / step)
     if first == last:
         first, last = (first - 1, last) if low > 0 else (first, last + 1)

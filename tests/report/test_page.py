@@ -241,6 +241,7 @@ def test_ticks_are_round_and_hold_the_range():
     assert _ticks(100, 100) == [80, 100]
     assert _ticks(0, 2, whole=True) == [0, 1, 2]
     assert _ticks(0, 0) == [0, 0.2]
+    assert _ticks(0, 2.9999999999999996e-09) == [0, 1e-9, 2e-9, 3e-9]  # a logarithm that rounds up
     for low, high in ((0.1, 0.1003), (-3, 12345), (99.2, 100), (0, 1e-6)):
         ticks = _ticks(low, high)
         assert ticks[0] <= low
