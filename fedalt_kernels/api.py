@@ -79,7 +79,7 @@ def mixed_lora_linear(
     if plan.dtype is not None:
         x, bias = x.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
         weight = weight.to(plan.dtype) if isinstance(weight, Tensor) else weight
-    if not plan.threshold or (seed is None and plain(x)):
+    if not plan.threshold or (seed is None and plan.impl == "reference" and plain(x)):
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)

@@ -1,7 +1,6 @@
 """What is settled once for every kind of call: whether its arguments fit, and what serves it."""
 
 from collections.abc import Hashable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -73,12 +72,11 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if on else None
 
 
-@cache
 def _knows_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)  # "meta", for one, does not
 
 
-# As in `choice`: torch.compile of PyTorch 2.11 cannot look into it.
+# As in `choice`: PyTorch 2.11 cannot compile it, and would look through a cache.
 _knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

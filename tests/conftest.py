@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
@@ -16,6 +17,15 @@ if not torch.cuda.is_available():
 
 from fedalt.config.schema import Config
 from fedalt.config.settings import config_from_dict
+from fedalt_kernels import plans
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans() -> Iterator[None]:
+    """A test may patch what plans are made by, and leaves none behind."""
+    plans.forget()
+    yield
+    plans.forget()
 
 
 @pytest.fixture(autouse=True)

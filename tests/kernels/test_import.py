@@ -37,6 +37,7 @@ def test_public_names() -> None:
         "Fp8Linear",
         "MixedLoRALinear",
         "QuantizedWeight",
+        "__version__",
         "mixed_lora_linear",
         "unused_layers",
     ]

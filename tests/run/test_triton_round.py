@@ -93,5 +93,5 @@ def test_an_implementation_that_cannot_run_is_refused(
     from fedalt_kernels import choice
 
     monkeypatch.setattr(choice, "_has_triton", lambda: False)
-    with pytest.raises(InputError, match=r"lora\.impl: impl='triton' cannot run: the triton"):
+    with pytest.raises(InputError, match=r"lora\.impl: impl='triton' cannot run: triton is not"):
         load_model(replace(config, lora=replace(config.lora, impl="triton")), ())
