@@ -54,7 +54,7 @@ def settled(value):
     "A call's argument without what differs from call to call: addresses and who listens."
     if isinstance(value, (tuple, list)):
         return [settled(each) for each in value]
-    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value > 2**32):
+    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value > 2**22):
         return "address"
     if isinstance(value, knobs.HookChain) or type(value).__name__ == "LazyDict":
         return None
