@@ -1,6 +1,7 @@
 """The frozen base, the mixed-LoRA layers in it, and a client as a state of tensors."""
 
 from fedalt.model.base import (
+    check_tokenizer,
     checkpoint_of,
     inject,
     load_base,
@@ -51,6 +52,7 @@ __all__ = [
     "as_rest_of_world",
     "base_fingerprint",
     "bitsandbytes",
+    "check_tokenizer",
     "checkpoint_of",
     "client_tensors",
     "fit_head",
