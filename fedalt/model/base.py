@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedalt.config import BUILTIN_BASE, BUILTIN_VIT, ModelConfig
 from fedalt.errors import InputError, InputWarning, first_line
-from fedalt.model.logits import mark_chunkable
+from fedalt.model.logits import gather_rows, mark_chunkable, take_back
 from fedalt.model.quantized import finish_loading, is_quantized, loading_options
 from fedalt.model.targets import find_targets, is_all_linear, left_out
 from fedalt_kernels import MixedLoRALinear
@@ -48,6 +48,7 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
     model.requires_grad_(False).eval()
     mark_chunkable(model)
+    gather_rows(head)
     return model, tokenizer
 
 
@@ -145,6 +146,7 @@ def inject(
     layers: dict[nn.Module, MixedLoRALinear] = {}
     unfit = []
     for base, (name, *_) in targets.items():
+        take_back(base)
         try:
             layers[base] = MixedLoRALinear(
                 base, rank, alpha, dropout, rest_of_world=rest_of_world, mixer=mixer, impl=impl

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -19,13 +20,17 @@ from transformers import (
 )
 
 import fedalt
-from fedalt.config.schema import ModelConfig
-from fedalt.data.tokens import IGNORED
+from fedalt.config.schema import DataConfig, EvaluateConfig, ModelConfig
+from fedalt.data.records import Record
+from fedalt.data.tokens import IGNORED, collate, encode
+from fedalt.evaluation.evaluate import generate
 from fedalt.model import base as models
+from fedalt.model.base import load_base
 from fedalt.model.gates import GateMeter
-from fedalt.model.logits import mark_chunkable
+from fedalt.model.logits import mark_chunkable, take_back
 from fedalt.training import loss as losses
 from fedalt.training.loss import answer_loss, token_losses
+from fedalt_kernels import MixedLoRALinear
 from tests.kernels.budget import assert_within_budget
 from tests.training.memory_cases import WIDEST, gradients, some_batch, stirred
 
@@ -250,3 +255,40 @@ def test_liger_kernel_takes_the_chunks_place_where_it_is_installed_on_a_gpu(base
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     assert losses._fused_loss(head, gpu) is None
+
+
+def test_no_copy_of_the_head_is_made_in_16_bits(tiny_base):
+    """A profile's, since PyTorch makes such copies below what Python can intercept."""
+    model, tokenizer = load_base(ModelConfig(path=str(tiny_base), dtype="bfloat16"))
+    head = model.get_output_embeddings()
+    fedalt.inject(model, rank=2, target_modules=("q_proj",))
+    records = [Record(f"say {i}", "abc" * (1 + i)) for i in range(4)]
+    examples = encode(records, tokenizer, DataConfig())
+    batch = collate(examples, tokenizer.pad_token_id, torch.device("cpu"))
+    with profile(record_shapes=True) as seen:
+        for chunk in (None, 3):
+            answer_loss(model, batch, chunk=chunk).backward()
+        generate(model, tokenizer, examples, EvaluateConfig(max_new_tokens=2))
+    sides = sorted(head.weight.shape)
+    shapes = [
+        (event.name, shape)
+        for event in seen.events()
+        for shape in event.input_shapes or ()
+        if len(shape) == 3 and sorted(shape[1:]) == sides
+    ]
+    assert shapes == []
+    # Without it there is one for every product, which is what is looked for.
+    take_back(head)
+    with profile(record_shapes=True) as seen, torch.no_grad():
+        token_losses(model, batch)
+    copies = [e for e in seen.events() if e.name == "aten::copy_" and len(e.input_shapes[0]) == 3]
+    assert any(sorted(event.input_shapes[0][1:]) == sides for event in copies)
+
+
+def test_an_adapted_head_needs_no_rows_together(tiny_base):
+    model, _ = load_base(ModelConfig(path=str(tiny_base), dtype="bfloat16"))
+    ids = torch.arange(3, 15).view(2, 6)
+    expected = model(ids, logits_to_keep=2).logits
+    fedalt.inject(model, rank=2, target_modules=("lm_head",))
+    assert isinstance(model.lm_head, MixedLoRALinear)
+    assert torch.equal(model(ids, logits_to_keep=2).logits, expected)  # its B is zero
