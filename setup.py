@@ -72,7 +72,6 @@ setup(
         "safetensors>=0.6",
         "numpy>=1.26",
         "pillow>=10",
-        "regex>=2024.5",
         "rouge-score>=0.1.2",
         "pyyaml>=6.0",
         "tqdm>=4.66",

@@ -29,11 +29,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def is_text(text: str) -> bool:
-    """Whether a text is made of whole characters; half a one (a surrogate) has no form in UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def require(condition: bool, key: str, wanted: str, got: object) -> None:
     """Raises InputError, which tells what the setting ``key`` must be, unless it holds."""
     if not condition:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedalt.errors import is_text, require, require_one_of
+from fedalt.errors import require, require_one_of
 
 SAMPLE, DIGITS = "sample", "digits"
 
@@ -74,9 +74,6 @@ class DataConfig:
             "a text with {instruction} and {input}",
             self.prompt_with_input,
         )
-        for name in ("prompt", "prompt_with_input"):
-            text = getattr(self, name)
-            require(is_text(text), f"data.{name}", "whole characters", text)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from fedalt.config import DataConfig, PartitionConfig
 from fedalt.data.images import ImageRecord, domain_clients, read_image_folder, subfolders
 from fedalt.data.records import Client, Parts, Record
-from fedalt.errors import InputError, is_text
+from fedalt.errors import InputError
 
 PARTS = ("train", "test")
 DOMAIN = "domain"
@@ -149,23 +149,11 @@ def text_record(row: Any, where: str, columns: Mapping[str, str] | None = None) 
             raise InputError(f"{where}: {called} must be text, got {type(value).__name__}")
         if needed and not value.strip():
             raise InputError(f"{where}: {called} is empty")
-        fields[name] = _readable(value.strip(), where, called)
+        fields[name] = value.strip()
     category = row.get("category")
     fields["category"] = "" if category is None else str(category)
-    _readable(fields["category"], where, names.get("category", "field 'category'"))
     called = names.get("options", "field 'options'")
     return Record(**fields, options=_options(row.get("options"), fields["output"], where, called))
-
-
-def _readable(text: str, where: str, called: str) -> str:
-    """The text; ``InputError`` where half a character is in it."""
-    if not is_text(text):
-        half = next(character for character in text if not is_text(character))
-        raise InputError(
-            f"{where}: {called} holds half a character (\\u{ord(half):04x}), which is no text; "
-            "remove it"
-        )
-    return text
 
 
 def _options(value: Any, output: str, where: str, called: str) -> tuple[str, ...]:
@@ -174,7 +162,7 @@ def _options(value: Any, output: str, where: str, called: str) -> tuple[str, ...
     texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
     if not texts or len(value) < 2:
         raise InputError(f"{where}: {called} must be a list of two texts or more, got {value!r}")
-    options = tuple(_readable(item.strip(), where, called) for item in value)
+    options = tuple(item.strip() for item in value)
     if output not in options:
         raise InputError(f"{where}: the output {output!r} is not among {called}; add it there")
     return options

@@ -243,7 +243,7 @@ def _split_clients(
             )
         if id(table) not in codes:
             codes[id(table)] = _strata(table)
-        rng = np.random.default_rng([seed, *name.encode(errors="surrogatepass")])
+        rng = np.random.default_rng([seed, *name.encode()])
         train, test = split_test(rows, codes[id(table)][rows], data.test_share, rng)
         found.append(Client(name, partial(_read, table, train, test)))
     return found

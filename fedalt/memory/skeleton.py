@@ -10,7 +10,7 @@ from torch import nn
 
 from fedalt.config import Config
 from fedalt.errors import InputError, first_line
-from fedalt.model import check_tokenizer, checkpoint_of, fit_head
+from fedalt.model import checkpoint_of, fit_head
 
 
 def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Any]:
@@ -44,10 +44,10 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
         else:
             kind = AutoModelForCausalLM
             tool = AutoTokenizer.from_pretrained(path, padding_side="left")
+            if tool.pad_token_id is None:
+                tool.pad_token = tool.eos_token
         with torch.device("meta"):
             model = kind.from_config(shape, dtype=getattr(torch, config.model.dtype))
-        if config.data.kind == "text":
-            check_tokenizer(tool, model, config.model.path)
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:

@@ -1,7 +1,6 @@
 """The frozen base, the mixed-LoRA layers in it, and a client as a state of tensors."""
 
 from fedalt.model.base import (
-    check_tokenizer,
     checkpoint_of,
     inject,
     load_base,
@@ -52,7 +51,6 @@ __all__ = [
     "as_rest_of_world",
     "base_fingerprint",
     "bitsandbytes",
-    "check_tokenizer",
     "checkpoint_of",
     "client_tensors",
     "fit_head",

@@ -43,35 +43,14 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = first_line(error)
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
-    check_tokenizer(tokenizer, model, config.path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     head = output_head(model)
     finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
     model.requires_grad_(False).eval()
     mark_chunkable(model)
     gather_rows(head)
     return model, tokenizer
-
-
-def check_tokenizer(tokenizer: Any, model: Any, path: str) -> None:
-    """Answers end with the end token, and rows are padded with it where there is no other.
-
-    Raises:
-        InputError: there is no end token, or the model has no row for one of the tokens.
-    """
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"model.path: the tokenizer of {path!r} has no end token (eos_token), by which answers "
-            "end; set one of its tokens as eos_token in tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    rows = model.get_input_embeddings().weight.shape[0]
-    last = max(tokenizer.get_vocab().values())
-    if last >= rows:
-        raise InputError(
-            f"model.path: the tokenizer of {path!r} has tokens up to {last}, the model has rows "
-            f"for {rows}; use the tokenizer that belongs to it, or model.resize_token_embeddings"
-        )
 
 
 def checkpoint_of(path: str) -> str:
