@@ -267,8 +267,15 @@ def test_encoding_marks_both_ends_and_keeps_the_end_of_a_long_prompt(tokenizer):
     assert example.prompt[0] == tokenizer.bos_token_id
     assert example.answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(example.answer[:-1]) == "xyz"
+    assert not example.cut
     (short,) = encode([Record("abc" * 40, "xyz" * 40)], tokenizer, DataConfig(max_length=32))
     assert len(short.prompt) + len(short.answer) == 32
+    assert short.cut
+    size = len(example.prompt) + len(example.answer)
+    for length, cut in ((size, False), (size - 1, True)):
+        assert (
+            encode([Record("abc", "xyz")], tokenizer, DataConfig(max_length=length))[0].cut is cut
+        )
     assert tokenizer.decode(short.answer[:-1]) == ("xyz" * 40)[:15]
     assert tokenizer.decode(short.prompt[1:]) == "\n### Response:\n"
     (whole,) = encode([Record("hi", "y" * 300)], tokenizer, DataConfig())
