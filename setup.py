@@ -73,6 +73,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "rouge-score>=0.1.2",
+        "regex>=2025.10.22",
         "pyyaml>=6.0",
         "tqdm>=4.66",
         "filelock>=3.16",

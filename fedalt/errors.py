@@ -38,3 +38,17 @@ def require(condition: bool, key: str, wanted: str, got: object) -> None:
 def require_one_of(known: tuple[str, ...], key: str, got: str) -> None:
     """Raises InputError unless the setting ``key`` is a known one."""
     require(got in known, key, f"one of {', '.join(known)}", got)
+
+
+def require_encodable(text: str, what: str) -> None:
+    """Raises InputError, which begins with ``what``, for text with half of a surrogate pair in it.
+
+    JSON and YAML can spell one (``\\ud800``), but no tokenizer, file or terminal takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} holds {text[error.start]!r} at character {error.start + 1}, half of a "
+            "surrogate pair, which no encoding takes; remove it"
+        ) from None

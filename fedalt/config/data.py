@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedalt.errors import require, require_one_of
+from fedalt.errors import require, require_encodable, require_one_of
 
 SAMPLE, DIGITS = "sample", "digits"
 
@@ -74,6 +74,8 @@ class DataConfig:
             "a text with {instruction} and {input}",
             self.prompt_with_input,
         )
+        require_encodable(self.prompt, "data.prompt")
+        require_encodable(self.prompt_with_input, "data.prompt_with_input")
 
 
 @dataclass(frozen=True)

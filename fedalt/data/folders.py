@@ -12,7 +12,7 @@ from typing import Any
 from fedalt.config import DataConfig, PartitionConfig
 from fedalt.data.images import ImageRecord, domain_clients, read_image_folder, subfolders
 from fedalt.data.records import Client, Parts, Record
-from fedalt.errors import InputError
+from fedalt.errors import InputError, require_encodable
 
 PARTS = ("train", "test")
 DOMAIN = "domain"
@@ -130,7 +130,8 @@ def text_record(row: Any, where: str, columns: Mapping[str, str] | None = None) 
         columns: by field, the column that it came from where that has another name.
 
     Raises:
-        InputError: the row is no mapping, or a field is missing, empty or of another kind.
+        InputError: the row is no mapping, or a field is missing, empty, of another kind, or text
+            that cannot be encoded.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: wants a JSON object, got {type(row).__name__}")
@@ -149,9 +150,12 @@ def text_record(row: Any, where: str, columns: Mapping[str, str] | None = None) 
             raise InputError(f"{where}: {called} must be text, got {type(value).__name__}")
         if needed and not value.strip():
             raise InputError(f"{where}: {called} is empty")
+        require_encodable(value, f"{where}: {called}")
         fields[name] = value.strip()
     category = row.get("category")
     fields["category"] = "" if category is None else str(category)
+    called = names.get("category", "field 'category'")
+    require_encodable(fields["category"], f"{where}: {called}")
     called = names.get("options", "field 'options'")
     return Record(**fields, options=_options(row.get("options"), fields["output"], where, called))
 
@@ -162,6 +166,8 @@ def _options(value: Any, output: str, where: str, called: str) -> tuple[str, ...
     texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
     if not texts or len(value) < 2:
         raise InputError(f"{where}: {called} must be a list of two texts or more, got {value!r}")
+    for item in value:
+        require_encodable(item, f"{where}: {called}")
     options = tuple(item.strip() for item in value)
     if output not in options:
         raise InputError(f"{where}: the output {output!r} is not among {called}; add it there")

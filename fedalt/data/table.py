@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from fedalt.data.partition import Indices, client_id, cut, split_test
 from fedalt.data.records import Client, Parts, Record
 from fedalt.data.sources import import_datasets, open_dataset
 from fedalt.data.suites import suite_columns, suite_of, suite_record
-from fedalt.errors import InputError
+from fedalt.errors import InputError, require_encodable
 
 RECORDS, IMAGES = "records", "images"
 FIELDS = {
@@ -53,12 +54,7 @@ class Table:
         Raises:
             InputError: a row is no record; the message counts rows from 1.
         """
-        columns = list(dict.fromkeys(self.columns.values()))
-        kept = self.rows.select_columns(columns)
-        try:
-            batch = kept[indices.tolist()]
-        except UNREADABLE as error:
-            raise InputError(self._broken(kept, indices, error)) from None
+        batch = self._batch(list(dict.fromkeys(self.columns.values())), indices.tolist())
         named = {
             field: _named(batch[column], self.rows.features[column])
             for field, column in self.columns.items()
@@ -70,7 +66,7 @@ class Table:
 
     def values(self, column: str) -> list[Any]:
         """A column in every row; classes by their names, hidden ones as None."""
-        return _named(self.rows.select_columns([column])[:][column], self.rows.features[column])
+        return _named(self._batch([column])[column], self.rows.features[column])
 
     def names(self, column: str) -> list[str]:
         """A column's value in every row, as text.
@@ -105,13 +101,23 @@ class Table:
             row["image"], str(row["label"]), "" if category is None else str(category)
         )
 
-    def _broken(self, kept: Any, indices: Indices, error: Exception) -> str:
-        for index in indices.tolist():
-            try:
-                kept[index]
-            except UNREADABLE:
-                return f"{self.source}: row {index + 1}: broken image; replace or remove the row"
-        return f"{self.source}: cannot read: {error}"
+    def _batch(self, columns: list[str], places: list[int] | None = None) -> dict[str, list[Any]]:
+        """These columns of these rows, or of all; ``InputError`` names the first unreadable one."""
+        kept = self.rows.select_columns(columns)
+        try:
+            return kept[:] if places is None else kept[places]
+        except UNREADABLE as error:
+            for place, column in itertools.product(places or range(len(kept)), columns):
+                where = f"{self.source}: row {place + 1}"
+                try:
+                    kept.select_columns([column])[place]
+                except UnicodeDecodeError:
+                    raise InputError(
+                        f"{where}: column '{column}' is not UTF-8; mend or remove the row"
+                    ) from None
+                except UNREADABLE:
+                    raise InputError(f"{where}: broken image; replace or remove the row") from None
+            raise InputError(f"{self.source}: cannot read: {error}") from None
 
 
 def table_clients(data: DataConfig, partition: PartitionConfig, seed: int) -> list[Client]:
@@ -168,6 +174,9 @@ def open_table(source: str, data: DataConfig, category: str = "") -> Table:
         raise InputError(f"{source}: empty; a dataset needs records")
     known = rows.column_names
     form = _format(data, known)
+    for column, feature in rows.features.items():
+        for name in getattr(feature, "names", None) or ():
+            require_encodable(name, f"{source}: column '{column}': the class {name!r}")
     for field, column in data.columns.items():
         _require_column(column, known, source, f"data.columns.{field}")
     columns = _columns(data, form, known, source)

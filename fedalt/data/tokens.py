@@ -20,10 +20,11 @@ IGNORED = -100
 @dataclass(frozen=True)
 class Example:
     """One record in token ids; the prompt starts with BOS where the model has one, the answer
-    ends with EOS."""
+    ends with EOS. Of a ``cut`` one some are missing."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> lis
         kept = answer[: max(free, config.max_length // 2) - 1]
         room = config.max_length - len(bos) - len(kept) - 1
         ids = (*kept, tokenizer.eos_token_id)
-        examples.append(Example(prompt=(*bos, *prompt[-room:]), answer=ids))
+        cut = len(kept) < len(answer) or room < len(prompt)
+        examples.append(Example(prompt=(*bos, *prompt[-room:]), answer=ids, cut=cut))
     return examples
 
 

@@ -25,6 +25,10 @@ class Task(Protocol):
         """Records as examples."""
         ...
 
+    def count_cut(self, examples: Sequence[Any]) -> int:
+        """How many examples are not the whole record."""
+        ...
+
     def loss(self, model: nn.Module, batch: Sequence[Any]) -> Tensor:
         """The mean loss of a batch of examples, in nats (a token)."""
         ...
@@ -56,6 +60,9 @@ class TextTask:
 
     def encode(self, records: Sequence[Any]) -> list[Any]:
         return encode(records, self.tool, self._config.data)
+
+    def count_cut(self, examples: Sequence[Example]) -> int:
+        return sum(example.cut for example in examples)
 
     def loss(self, model: nn.Module, batch: Sequence[Example]) -> Tensor:
         device = next(model.parameters()).device
@@ -92,6 +99,9 @@ class ImageTask:
                     f"known: {known}"
                 )
         return [ImageExample(record, self._classes[record.label]) for record in records]
+
+    def count_cut(self, examples: Sequence[ImageExample]) -> int:
+        return 0
 
     def loss(self, model: nn.Module, batch: Sequence[ImageExample]) -> Tensor:
         return class_loss(model, self._pixels(batch), [example.label for example in batch])

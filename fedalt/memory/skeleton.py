@@ -10,7 +10,7 @@ from torch import nn
 
 from fedalt.config import Config
 from fedalt.errors import InputError, first_line
-from fedalt.model import checkpoint_of, fit_head
+from fedalt.model import checkpoint_of, fit_head, fit_tokenizer, load_tokenizer
 
 
 def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Any]:
@@ -22,13 +22,13 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
         classes: of images, every class name; empty: those that the model knows.
 
     Raises:
-        InputError: no such model, or nobody would train its new head.
+        InputError: no such model, nobody would train its new head, or a tokenizer that has no end
+            token or does not fit the model.
     """
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageClassification,
-        AutoTokenizer,
     )
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -43,9 +43,7 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
             fit_head(shape, config.model.path, classes, config.lora.modules_to_save)
         else:
             kind = AutoModelForCausalLM
-            tool = AutoTokenizer.from_pretrained(path, padding_side="left")
-            if tool.pad_token_id is None:
-                tool.pad_token = tool.eos_token
+            tool = load_tokenizer(path, config.model.path)
         with torch.device("meta"):
             model = kind.from_config(shape, dtype=getattr(torch, config.model.dtype))
     except InputError:
@@ -57,6 +55,8 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
         raise InputError(
             f"model.path: {config.model.path!r} is quantized already; its memory is not told"
         )
+    if config.data.kind == "text":
+        fit_tokenizer(tool, model, config.model.path)
     return model.requires_grad_(False).eval(), tool
 
 

@@ -36,6 +36,7 @@ from fedalt.model.states import (
     without_gradient,
 )
 from fedalt.model.targets import in_short, kind_of
+from fedalt.model.tokenizer import fit_tokenizer, load_tokenizer
 from fedalt.model.vision import fit_head, load_image_base
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "checkpoint_of",
     "client_tensors",
     "fit_head",
+    "fit_tokenizer",
     "fresh_state",
     "in_short",
     "individual_state",
@@ -64,6 +66,7 @@ __all__ = [
     "load_base",
     "load_image_base",
     "load_rest_of_world",
+    "load_tokenizer",
     "mark_chunkable",
     "mixed_layers",
     "output_head",

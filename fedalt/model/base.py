@@ -17,6 +17,7 @@ from fedalt.errors import InputError, InputWarning, first_line
 from fedalt.model.logits import gather_rows, mark_chunkable, take_back
 from fedalt.model.quantized import finish_loading, is_quantized, loading_options
 from fedalt.model.targets import find_targets, is_all_linear, left_out
+from fedalt.model.tokenizer import fit_tokenizer, load_tokenizer
 from fedalt_kernels import MixedLoRALinear
 
 # Names under which layers of one module read the same input, in the order in which they are called.
@@ -31,20 +32,20 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     """The frozen base model in evaluation mode and its tokenizer, padding on the left.
 
     Raises:
-        InputError: no such model or device, or a package is missing that its quantization wants.
+        InputError: no such model or device, a package is missing that its quantization wants, or
+            a tokenizer that has no end token or does not fit the model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     path, options = checkpoint_of(config.path), loading_options(config)
     usable_device(config.device)
+    tokenizer = load_tokenizer(path, config.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = first_line(error)
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    fit_tokenizer(tokenizer, model, config.path)
     head = output_head(model)
     finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
     model.requires_grad_(False).eval()

@@ -110,6 +110,7 @@ class Federation:
                     sent, micro_batch = play.run(), play.micro_batch
                 if number % config.evaluate.every == 0 or number == config.rounds:
                     _evaluate(stage, draft, number, journal, progress)
+                    stage.cuts.tell()
                 journal.sync()
                 record = {
                     "clients": [member.id for member in stage.known],
@@ -131,6 +132,7 @@ class Federation:
                 except Exception as error:  # its fault must not cost the others' results
                     journal.fail(config.rounds, member.id, error, unseen=True)
                     progress.say(f"{member.id} could not join; see errors.log")
+            stage.cuts.tell()
 
         results = read_results(out)
         write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")

@@ -163,6 +163,7 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
     stage.go_on_from(saved)
     for member in stage.known:
         fit_in(stage, saved, member, Path(run_dir))
+    stage.cuts.tell()
     return unseen_table(read_results(Path(run_dir)))
 
 

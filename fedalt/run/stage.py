@@ -33,6 +33,7 @@ from fedalt.model import (
     select,
 )
 from fedalt.run.cohort import check_cohort, derive_seed, held_out
+from fedalt.run.cuts import Cuts
 from fedalt.store import SERVER, Checkpoint, StateFolder, StoredState, read_peft_adapter
 from fedalt.training import check_optimizer, check_recomputes
 
@@ -71,6 +72,7 @@ class Stage:
         known: the members that train; ``unseen``: those held out.
         classes: of images, every label of the federation.
         fingerprints: by name, what must be the same when a run is resumed.
+        cuts: what of the examples made so far was too long.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Stage:
         self._base = BaseWeights(self.model) if self.method.changes_base else None
         self._fresh_head = select(adapter_state(self.model), HEAD)
         self._shelf: OrderedDict[str, Examples] = OrderedDict()
+        self.cuts = Cuts(config.data.max_length)
 
     def go_on_from(self, saved: Checkpoint) -> None:
         """Take up a checkpoint's base; ``InputError`` where it was made on another one."""
@@ -126,6 +129,8 @@ class Stage:
             parts = member.client.read()
             train, test = self.task.encode(parts.train), self.task.encode(parts.test)
             self._shelf[member.id] = Examples(train, test, parts.test)
+            both = [*train, *test]
+            self.cuts.note(member.id, self.task.count_cut(both), len(both))
         self._shelf.move_to_end(member.id)
         while len(self._shelf) > SHELF:
             self._shelf.popitem(last=False)

@@ -82,6 +82,7 @@ def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> st
     for member in stage.known:
         load_adapter_state(stage.model, client_state(Path(run_dir), saved, member.id))
         scored[member.id] = score(stage, member)
+    stage.cuts.tell()
     names = list(dict.fromkeys(name for scores in scored.values() for name in scores))
     rows = [
         [client, *(number(scores.get(n), digits_of(n)) for n in names)]

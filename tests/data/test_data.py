@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fedalt.config import load_config
 from fedalt.config.schema import DataConfig, PartitionConfig
 from fedalt.data import ImageRecord, Record, load_clients
 from fedalt.data.tokens import IGNORED, Example, collate, encode, render_prompt
@@ -102,6 +103,23 @@ GOOD = b'{"instruction": "a", "output": "b"}\n'
             b'{"instruction": "a", "output": "b", "options": ["c", "d"]}',
             r"train.jsonl:1: the output 'b' is not among field 'options'",
         ),
+        (
+            GOOD + rb'{"instruction": "a\ud800", "output": "b"}',
+            r"train.jsonl:2: field 'instruction' holds '\\ud800' at character 2, half of a ",
+        ),
+        (rb'{"instruction": "a", "output": "\udfff"}', r"train.jsonl:1: field 'output' holds "),
+        (
+            rb'{"instruction": "a", "output": "b", "input": "\ud83d"}',
+            r"train.jsonl:1: field 'input' holds ",
+        ),
+        (
+            rb'{"instruction": "a", "output": "b", "category": "\udc80"}',
+            r"train.jsonl:1: field 'category' holds ",
+        ),
+        (
+            rb'{"instruction": "a", "output": "b", "options": ["b", "\ud800"]}',
+            r"train.jsonl:1: field 'options' holds ",
+        ),
         (b"[1]\n", r"train.jsonl:1: wants a JSON object, got list"),
         (GOOD + "é".encode("latin-1"), r"train.jsonl:2: not UTF-8 \(byte 0xe9 at column 1\)"),
         (GOOD.decode().encode("utf-16"), r"train.jsonl:1: this is UTF-16"),
@@ -111,6 +129,18 @@ def test_a_bad_file_is_named_with_line_and_field(tiny_data, content, message):
     (tiny_data / "ann" / "train.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=message):
         clients_of(tiny_data)
+
+
+def test_a_pair_of_surrogates_is_one_character(tiny_data):
+    row = rb'{"instruction": "\ud83d\ude00", "output": "b"}'
+    (tiny_data / "ann" / "train.jsonl").write_bytes(row)
+    assert clients_of(tiny_data)[0].read().train == (Record("\N{GRINNING FACE}", "b"),)
+
+
+@pytest.mark.parametrize("key", ["prompt", "prompt_with_input"])
+def test_a_prompt_that_cannot_be_encoded_is_named(key):
+    with pytest.raises(InputError, match=rf"data.{key} holds '\\ud800' at character 1, half"):
+        load_config(overrides=(rf'data.{key}="\ud800{{instruction}} {{input}}"',))
 
 
 def test_missing_folders_and_files_are_named(tiny_data, tmp_path):
@@ -237,8 +267,15 @@ def test_encoding_marks_both_ends_and_keeps_the_end_of_a_long_prompt(tokenizer):
     assert example.prompt[0] == tokenizer.bos_token_id
     assert example.answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(example.answer[:-1]) == "xyz"
+    assert not example.cut
     (short,) = encode([Record("abc" * 40, "xyz" * 40)], tokenizer, DataConfig(max_length=32))
     assert len(short.prompt) + len(short.answer) == 32
+    assert short.cut
+    size = len(example.prompt) + len(example.answer)
+    for length, cut in ((size, False), (size - 1, True)):
+        assert (
+            encode([Record("abc", "xyz")], tokenizer, DataConfig(max_length=length))[0].cut is cut
+        )
     assert tokenizer.decode(short.answer[:-1]) == ("xyz" * 40)[:15]
     assert tokenizer.decode(short.prompt[1:]) == "\n### Response:\n"
     (whole,) = encode([Record("hi", "y" * 300)], tokenizer, DataConfig())

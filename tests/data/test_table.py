@@ -11,6 +11,8 @@ from fedalt.data import ImageRecord, Record, load_clients
 from fedalt.errors import InputError
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 EQUAL = {"by": "equal", "clients": 3}
 ROWS = [
@@ -253,6 +255,48 @@ def test_a_broken_image_is_named(tmp_path):
     clients = clients_of(tmp_path / "p.parquet", EQUAL | {"clients": 1}, kind="image", columns={})
     with pytest.raises(InputError, match=r"p.parquet: row \d+: broken image; replace or remove"):
         clients[0].read()
+
+
+@pytest.fixture
+def not_utf8(tmp_path):
+    """Sixty rows, of which the fourth has a question that is no UTF-8."""
+    rows = datasets.Dataset.from_list(ROWS).data.table
+    words = [b"caf\xe9" if i == 3 else b"q" for i in range(60)]
+    questions = pyarrow.array(words, pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(rows.set_column(0, "question", questions), tmp_path / "q.parquet")
+    return tmp_path / "q.parquet"
+
+
+@pytest.mark.parametrize("partition", [EQUAL, {"by": "column", "column": "question"}])
+def test_text_that_is_not_utf8_is_named(not_utf8, partition):
+    """Be it in a record or what the rows are cut by."""
+    with pytest.raises(InputError, match=r"q.parquet: row 4: column 'question' is not UTF-8; mend"):
+        all_records(clients_of(not_utf8, partition))
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path):
+    """In a class's name; in JSON `datasets` itself refuses it."""
+    names = datasets.ClassLabel(names=["no", "\ud800"])
+    features = datasets.Features({"instruction": datasets.Value("string"), "output": names})
+    rows = [{"instruction": "ok?", "output": i % 2} for i in range(20)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(
+        InputError, match=r"d: column 'output': the class '\\ud800' holds '\\ud800'"
+    ):
+        clients_of(tmp_path / "d", EQUAL, columns={})
+    for name in ("r.jsonl", "r.json"):
+        rows = [{"instruction": "a", "output": "\ud800" if i == 5 else "b"} for i in range(60)]
+        lines = json.dumps(rows) if name == "r.json" else "\n".join(map(json.dumps, rows))
+        (tmp_path / name).write_text(lines)
+        with pytest.raises(InputError, match=rf"{name}: .*(surrogate|row)") as told:
+            all_records(clients_of(tmp_path / name, EQUAL, columns={}))
+        assert "\n" not in str(told.value)
+
+
+def test_names_of_clients_that_cannot_be_encoded_are_refused(rows):
+    """So that their bytes can seed their cuts."""
+    with pytest.raises(InputError, match=r"data.sources: 'a\\ud800' cannot name a client's files"):
+        clients_of({"a\ud800": str(rows)})
 
 
 def test_a_client_too_small_to_test_is_refused(tmp_path):

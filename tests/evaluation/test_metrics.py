@@ -1,8 +1,12 @@
 """ROUGE, exact match and the option that an answer names, against numbers found by hand."""
 
-import pytest
+import random
 
-from fedalt.evaluation.metrics import named_option, text_scores
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+
+from fedalt.evaluation.metrics import ROUGE, RougeWords, named_option, text_scores
 
 # answer, reference; ROUGE-1, -2, -L and exact match in percent
 TEXTS = {
@@ -19,8 +23,22 @@ TEXTS = {
     "one word": ("a", "a", 100, 0, 100, 100),
     "nothing shared": ("z", "a", 0, 0, 0, 0),
     "empty answer": ("", "a cat", 0, 0, 0, 0),
-    "no Latin letters": ("？", "答案", 0, 0, 0, 0),
-    "ROUGE does not see what is equal": ("答案", "答案", 0, 0, 0, 100),
+    "no letters": ("？", "答案", 0, 0, 0, 0),
+    "Chinese": ("今天天气很好", "今天天气很好", 100, 100, 100, 100),
+    # five letters of six and six; four pairs of five; all five in order
+    "each Chinese letter counts": ("今天天气很好", "今天天气不好", 500 / 6, 60, 500 / 6, 0),
+    "Thai": ("สวัสดี ครับ", "สวัสดี ครับ", 100, 100, 100, 100),
+    # วั, ส and ดี of ส, วั, ส, ดี: marks go with their letter
+    "Thai letters": ("วัสดี", "สวัสดี", 600 / 7, 80, 600 / 7, 0),
+    "Lao, Khmer, Myanmar": ("ສະ ខ្មែរ မြန်မာ", "ສະ ខ្មែរ မြန်မာ", 100, 100, 100, 100),
+    "Japanese, half wide": ("ｽｰﾊﾟｰ １２", "スーパー 12", 100, 100, 100, 0),
+    "Russian": ("Привет, мир", "привет мир", 100, 100, 100, 0),
+    "Russian words": ("привет дом", "привет мир", 50, 0, 50, 0),
+    "Korean words": ("한국어 단어", "한국어 문장", 50, 0, 50, 0),
+    "vowel signs": ("की", "के", 0, 0, 0, 0),
+    "accents are part of a word": ("café", "caf", 0, 0, 0, 0),
+    "an accent of its own": ("e\u0301te\u0301", "été", 100, 0, 100, 100),
+    "two scripts": ("the iPhone手机 runs", "the iphone 手机 run", 100, 100, 100, 0),
     "inner white space": ("a  cat", "a cat", 100, 100, 100, 0),
     "short words are not stemmed": ("its", "it", 0, 0, 0, 0),
     "backwards": ("d c b a", "a b c d", 100, 0, 25, 0),
@@ -35,6 +53,29 @@ def test_scores_of_one_answer(name):
     scores = text_scores([answer], [reference])
     assert list(scores) == ["rouge1", "rouge2", "rougeL", "exact_match"]
     assert list(scores.values()) == pytest.approx(wanted)
+
+
+ASCII = [
+    "Don't stop-words, e.g. it's_here; 3.14 + 42nd 1,000 U.S.A. (well-known)!",
+    "",
+    "generalization GENERALIZATIONS happily dying skies news inning's ions a1b2c3 007s",
+    "\t tabs\nand\r\nlines\x0b\x0c\x1c\x00 \x7f",
+]
+
+
+def test_text_in_ascii_scores_as_with_rouges_own_words():
+    """And so does typography around it; to the last bit."""
+    rng = random.Random(0)
+    letters = "".join(map(chr, range(128))) + 20 * "aeiounstrl" + 8 * " ing ed s ly"
+    texts = ASCII + ["".join(rng.choices(letters, k=rng.randrange(80))) for _ in range(2000)]
+    texts += ["“Dogs’ – runs… 20°C × 3\N{NO-BREAK SPACE}€”", "Foo™ runs"]
+    own = RougeScorer(ROUGE, use_stemmer=True)
+    words = DefaultTokenizer(use_stemmer=True)
+    for text, other in zip(texts, texts[1:] + texts[:1], strict=True):
+        assert RougeWords().tokenize(text) == words.tokenize(text)
+        wanted = [100 * score.fmeasure for score in own.score(other, text).values()]
+        assert list(text_scores([text], [other]).values())[:3] == wanted
+    assert len({word for text in texts for word in words.tokenize(text)}) > 1000
 
 
 def test_answers_and_references_must_be_as_many():
@@ -87,6 +128,11 @@ def test_scores_are_means():
         ("in der STRASSE", ["Weg", "Straße"], "Straße"),
         ("वह के है", ["की", "के"], "के"),  # they differ in a vowel sign alone
         ("it is की", ["के"], None),
+        ("答案是甲。", ["乙", "甲"], "甲"),
+        ("熊猫", ["猫", "熊猫"], "熊猫"),
+        ("คำตอบคือใช่", ["ไม่", "ใช่"], "ใช่"),
+        ("правильный", ["правил", "да"], None),
+        ("номер ２", ["1", "2"], "2"),
         ("in New York City", ["New York", "New York City"], "New York City"),
         ("_yes_", ["no", "yes"], "yes"),
         ("well known", ["well-known"], "well-known"),
