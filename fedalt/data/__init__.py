@@ -1,7 +1,7 @@
 """The federation's clients and their records, wherever they come from."""
 
 from fedalt.data.clients import load_clients
-from fedalt.data.images import ImageExample, ImageRecord, pixels
+from fedalt.data.images import ImageExample, ImageRecord, broken_images, pixels
 from fedalt.data.records import Client, Parts, Record
 from fedalt.data.sources import is_on_hub
 from fedalt.data.tokens import IGNORED, Batch, Example, collate, encode
@@ -15,6 +15,7 @@ __all__ = [
     "ImageRecord",
     "Parts",
     "Record",
+    "broken_images",
     "collate",
     "encode",
     "is_on_hub",

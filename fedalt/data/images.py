@@ -1,12 +1,14 @@
 """Image clients: records that hold an image or the path of one, folders of them, and pixels.
 
-Files are decoded only when ``pixels`` needs them, so a record of a large data set costs a path.
+Files are decoded when ``pixels`` needs them, and once beforehand (`broken_images`), so a record of
+a large data set costs a path.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 from fedalt.errors import InputError, first_line
 
@@ -134,6 +137,38 @@ def domain_clients(
     return clients
 
 
+def broken_images(records: Sequence[ImageRecord]) -> list[str]:
+    """What is wrong with each image that cannot be read, so that none is met rounds later.
+
+    Every one is read through, by as many threads as the machine has; a JPEG at its smallest size,
+    which takes all of its bytes (640 x 480: 0.5 ms on two cores). A bar shows on a terminal after
+    two seconds.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(_fault, records)
+        bar = tqdm(found, "reading images", len(records), leave=False, delay=2, disable=None)
+        return [fault for fault in bar if fault]
+
+
+def _fault(record: ImageRecord) -> str:
+    """What is wrong with an image, or nothing."""
+    try:
+        with _reading(record):
+            if isinstance(record.image, np.ndarray):
+                _from_array(record.image)
+            elif isinstance(record.image, Path):
+                with Image.open(record.image) as file:
+                    file.draft("L", (1, 1))
+                    _refuse_mode(file)
+                    file.load()
+            else:
+                _refuse_mode(record.image)
+                record.image.load()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def pixels(records: Sequence[ImageRecord], processor: Any) -> Tensor:
     """What the model sees: float32 [B, channels, H, W].
 
@@ -184,9 +219,13 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):  # Pillow would clip these to 255 instead of scaling them
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    if upright.mode in ("I", "F"):
-        raise ValueError(f"mode {upright.mode} has no fixed range; save it in 8 bits a channel")
+    _refuse_mode(upright)
     return upright.convert(mode)
+
+
+def _refuse_mode(image: Image.Image) -> None:
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no fixed range; save it in 8 bits a channel")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fedalt.config import Config
-from fedalt.data import Client, load_clients
+from fedalt.data import Client, broken_images, load_clients
 from fedalt.errors import InputError
 from fedalt.evaluation import ImageTask, Task, TextTask
 from fedalt.methods import Method, get_method
@@ -39,6 +39,8 @@ from fedalt.training import check_optimizer, check_recomputes
 
 BASE, NEWCOMER = "base", "newcomer"
 """The server's own states: what is added to the base weights, and what a newcomer installs."""
+MOST_NAMED = 3
+"""Broken images that an error names; the rest is counted."""
 SHELF = 8
 """Clients whose examples stay in memory; more are read and encoded again at every turn."""
 
@@ -89,12 +91,18 @@ class Stage:
             InputError: bad data, method, model or target. Nothing has been written.
         """
         self.config, self.method = config, get_method(config.method)
-        labels, members = set(classes), []
+        labels, members, broken = set(classes), [], []
         for client in clients:
             parts = client.read()
             members.append(Member(client, len(parts.train), parts.fingerprint()))
-            if config.data.kind == "image" and not classes:
-                labels |= {record.label for record in (*parts.train, *parts.test)}
+            if config.data.kind == "image":
+                records = [*parts.train, *parts.test]
+                broken += broken_images(records)
+                labels |= set() if classes else {record.label for record in records}
+        if broken:
+            named = "; ".join(broken[:MOST_NAMED])
+            rest = f"; and {len(broken) - MOST_NAMED} more" if broken[MOST_NAMED:] else ""
+            raise InputError(named + rest)
         self.classes = sorted(labels)
         unseen = held_out([member.id for member in members], config)
         self.known = [member for member in members if member.id not in unseen]
