@@ -100,3 +100,11 @@ def tiny_config(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> Config:
             "evaluate": {"max_new_tokens": 4},
         }
     )
+
+
+@pytest.fixture
+def config_file(tiny_config: Config, tmp_path: Path) -> Path:
+    """The same as a file."""
+    path = tmp_path / "config.yaml"
+    path.write_text(tiny_config.to_yaml())
+    return path
