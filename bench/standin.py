@@ -60,10 +60,12 @@ class Driver(nvidia.CudaDriver):
             # Triton 3.6 compiles a launcher for each signature.
             fill_tma_descriptor=encode,
         )
-        nvidia.PyKernelArg = SimpleNamespace
-        nvidia.PyCUtensorMap = TensorMap
-        nvidia.compile_module_from_src = lambda **_: SimpleNamespace(launch=launch)
-        nvidia.library_dirs = list
+        vars(nvidia).update(
+            PyKernelArg=SimpleNamespace,
+            PyCUtensorMap=TensorMap,
+            compile_module_from_src=lambda **_: SimpleNamespace(launch=launch),
+            library_dirs=list,
+        )
         self.launcher_cls = nvidia.CudaLauncher
         self.get_current_device = lambda: 0
         self.get_current_stream = lambda device: 0
