@@ -97,7 +97,7 @@ def _direct(launch: Launch, compiled: Any, tensors: Sequence[Any]) -> Any:
         return None
     try:
         return _bound(launch, compiled, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError, LookupError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         _warn_once(f"{type(error).__name__}: {error}")
         return None
 
@@ -173,7 +173,7 @@ def _layout(launch: Launch, compiled: Any, tensors: Sequence[Any]) -> tuple[Any,
         if tensor is None:
             continue
         if box is not None:
-            meta = next(descriptors)
+            meta: Any = next(descriptors, None)  # none: a kind of descriptor that is not known
             if meta["fp4_padded"]:
                 raise ValueError("a descriptor of fp4")
             sides, strides = [box.height, box.width], [box.stride, 1]
