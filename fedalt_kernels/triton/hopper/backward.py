@@ -1,9 +1,10 @@
 """Backward in one launch: dX, dP, dl, then dA, dG and dB.
 
-As in `forward`, the first items make the strip: T = dY up, and from that, P and the gates dP and dl.
+As in `forward`, the first items make the strip: T = dY up, and from it, P and the gates dP and
+dl.
 strip [M, SIDE] is [dl's parts | dP], and `side` [SIDE, K] the mixer's rows and A:
 dX = dY W + strip · side, the last step of every tile.  Under dropout dP's share of it is made in
-quarters of a tile, masked, and added.  The sums over tokens, `sums`, are items too: as many at the
+pieces of a tile, masked, and added.  The sums over tokens, `sums`, are items too: as many at the
 end as fill the last wave of tiles, the others between the tiles before.
 """
 
@@ -88,7 +89,7 @@ def _produce_tile(
         else:
             tma.async_copy_global_to_shared(weight, [n, column], ready, slots.ws.index(slot))
         slot, phase = advance(slot, phase, S.STAGES)
-    wait_for(flag, S.COUNT)
+    wait_for(flag, 2 * S.COUNT)
     for s in range(0, S.SIDE, S.BLOCK_S):
         ready = ring.ready.index(slot)
         mbarrier.wait(ring.empty.index(slot), phase)
@@ -132,7 +133,7 @@ def _produce(
         makes, before = is_maker(index, makers, slack)
         if sums:
             if S.PIECES > 0:
-                wait_for(counts + 2, tiles_m * S.COUNT)
+                wait_for(counts + 2, 2 * tiles_m * S.COUNT)
                 piece = index % S.PIECES
                 first = index // S.PIECES * chunk
                 end = min(M, first + chunk)
@@ -179,25 +180,27 @@ def _make_strip(
     part,
     tiles_m,
     M,
+    half: gl.constexpr,
     S: gl.constexpr,
 ):
-    """A maker's dP, its S where dB is wanted, and dl; announces them."""
+    """A half of a maker's dP, its S where dB is wanted, and dl; announces them."""
     thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
     rows: gl.constexpr = gl.SliceLayout(1, thin)
     dtype: gl.constexpr = p_strip.dtype.element_ty
-    o_row = tile_m * S.BLOCK_M + gl.arange(0, S.BLOCK_M, layout=rows)
+    row = tile_m * S.BLOCK_M + half * S.HALF_M
+    o_row = row + gl.arange(0, S.HALF_M, layout=rows)
     o_rank = part * S.WIDTH + gl.arange(0, S.WIDTH, layout=gl.SliceLayout(0, thin))
     o_tall = gl.expand_dims(o_row.to(gl.int64), 1)
     o_flat = gl.expand_dims(o_rank, 0)
     m_row = gl.expand_dims(o_row < M, 1)
     m_low = m_row & (o_flat < S.RANKS)
     b_low = gl.load(p_low + o_tall * S.RANKS + o_flat, mask=m_low, other=0.0).to(gl.float32)
-    gate = gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, layout=thin)
+    gate = gl.zeros((S.HALF_M, S.WIDTH), gl.float32, layout=thin)
     for e in gl.static_range(S.E):
         if S.GATED:
             mine = gl.load(p_gates + o_row.to(gl.int64) * S.E + e, mask=o_row < M, other=0.0)
         else:
-            mine = gl.full([S.BLOCK_M], weights[e], gl.float32, rows)
+            mine = gl.full([S.HALF_M], weights[e], gl.float32, rows)
         gate = owned_gate(gate, mine, o_rank, e, S.EDGES)
     p_block = p_strip + o_tall * S.STRIDE + S.HEAD + o_flat
     gl.store(p_block, (spread * gate).to(dtype), mask=m_low)
@@ -209,7 +212,7 @@ def _make_strip(
     if S.GATED:
         products = spread * b_low
         if S.MAKERS > 1:
-            slices = counts + FLAGS + tiles_m + S.PIECES + tile_m
+            slices = counts + FLAGS + tiles_m + 2 * (S.PIECES + tile_m) + half
             complete = leave_part(products, o_rank, o_row, p_partial, slices, part, M, S)
         if complete:
             store_dlogits(products, o_rank, o_row, p_partial, p_gates, p_strip, M, S)
@@ -220,34 +223,39 @@ def _make_strip(
 
 @gluon.jit
 def _store_masked(
-    dx, staging, part, b_strip, b_side, p_words, row, column, M, at: gl.constexpr, S: gl.constexpr
+    dx,
+    staging,
+    block,
+    b_strip,
+    b_side,
+    p_words,
+    row,
+    column,
+    M,
+    at: gl.constexpr,
+    WIDTH: gl.constexpr,
+    S: gl.constexpr,
 ):
-    """A quarter of a tile, its columns from `at` on: part + mask · dP A + dl G."""
-    QUARTER: gl.constexpr = S.BLOCK_N // 4
-    lay: gl.constexpr = product_layout(QUARTER, gl.num_warps())
-    b_mine = b_side.slice(at, QUARTER, dim=1)
-    for s in gl.static_range(0, S.HEAD, 16):
-        part = warpgroup_mma(b_strip.slice(s, 16, dim=1), b_mine.slice(s, 16, dim=0), part)
-    low = gl.zeros((S.BLOCK_M, QUARTER), gl.float32, layout=lay)
-    for s in gl.static_range(S.HEAD, S.BLOCK_S, 16):
-        low = warpgroup_mma(b_strip.slice(s, 16, dim=1), b_mine.slice(s, 16, dim=0), low)
-    o_row = row + gl.arange(0, S.BLOCK_M, layout=gl.SliceLayout(1, lay))
-    words = words_of(p_words, o_row, column + at, M, S.WORDS, QUARTER, lay)
-    part += dropped(low, words, QUARTER, lay)
-    store_part(dx, staging, part, row, column + at)
-
-
-@gluon.jit
-def _store_dropped(dx, staging, tile, b_strip, b_side, p_words, row, column, M, S: gl.constexpr):
-    """tile + mask · dP A + dl G, in quarters."""
-    HALF: gl.constexpr = S.BLOCK_N // 2
-    QUARTER: gl.constexpr = S.BLOCK_N // 4
-    left, right = halves(tile, S.BLOCK_M, S.BLOCK_N)
-    for h in gl.static_range(2):
-        one, two = halves(left if h == 0 else right, S.BLOCK_M, HALF)
-        _store_masked(dx, staging, one, b_strip, b_side, p_words, row, column, M, h * HALF, S)
+    """As `store_tile`, of block + mask · dP A + dl G."""
+    if WIDTH == S.PIECE:
+        lay: gl.constexpr = product_layout(WIDTH, gl.num_warps())
+        b_mine = b_side.slice(at, WIDTH, dim=1)
+        rest = gl.zeros((S.HALF_M, WIDTH), gl.float32, layout=lay)  # of dl G, which has no mask
+        for s in gl.static_range(0, S.HEAD, 16):
+            rest = warpgroup_mma(b_strip.slice(s, 16, dim=1), b_mine.slice(s, 16, dim=0), rest)
+        low = gl.zeros((S.HALF_M, WIDTH), gl.float32, layout=lay)
+        for s in gl.static_range(S.HEAD, S.BLOCK_S, 16):
+            low = warpgroup_mma(b_strip.slice(s, 16, dim=1), b_mine.slice(s, 16, dim=0), low)
+        o_row = row + gl.arange(0, S.HALF_M, layout=gl.SliceLayout(1, lay))
+        words = words_of(p_words, o_row, column + at, M, S.WORDS, WIDTH, lay)
+        block += rest + dropped(low, words, WIDTH, lay)
+        store_part(dx, staging.index(at // WIDTH % 2), block, row, column + at)
+    else:
+        HALF: gl.constexpr = WIDTH // 2
+        left, right = halves(block, S.HALF_M, WIDTH)
+        _store_masked(dx, staging, left, b_strip, b_side, p_words, row, column, M, at, HALF, S)
         _store_masked(
-            dx, staging, two, b_strip, b_side, p_words, row, column, M, h * HALF + QUARTER, S
+            dx, staging, right, b_strip, b_side, p_words, row, column, M, at + HALF, HALF, S
         )
 
 
@@ -271,6 +279,7 @@ def _consume(
     M,
     tiles_m,
     order,
+    half: gl.constexpr,
     S: gl.constexpr,
 ):
     slack, start, gap, early, chunk, shares = order
@@ -288,55 +297,58 @@ def _consume(
                 share = index // S.PIECES
                 first = share * chunk
                 end = min(M, first + chunk)
-                arrived = counts + FLAGS + tiles_m + piece
+                arrived = counts + FLAGS + tiles_m + 2 * piece + half
                 if piece < S.PIECES_X:
                     if S.WIDTH_X > 0:
                         slot, phase = sum_downs(
                             slots.cx, slots.fx, ring, slot, phase, p_shares, arrived, p_out,
-                            p_words, M, piece, share, shares, first, end, S,
+                            p_words, M, piece, share, shares, first, end, half, S,
                         )  # fmt: skip
                 else:
                     if S.WIDTH_Y > 0:
                         slot, phase = sum_ups(
                             slots.cy, slots.fy, ring, slot, phase, p_shares, arrived,
-                            p_out + S.BELOW * S.K, scaling, piece, share, shares, first, end, S,
+                            p_out + S.BELOW * S.K, scaling, piece, share, shares, first, end,
+                            half, S,
                         )  # fmt: skip
         elif makes:
             thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
             STEPS: gl.constexpr = (S.N + S.DEPTH - 1) // S.DEPTH
             PER_SLOT: gl.constexpr = S.SLOT_M // (S.WIDTH * S.DEPTH)
-            spread = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, layout=thin))
+            spread = warpgroup_mma_init(gl.zeros((S.HALF_M, S.WIDTH), gl.float32, layout=thin))
             spread, slot, phase, last = multiply(
                 spread, slots.ms, slots.ns, ring, slot, phase, slot, False, STEPS,
-                1, PER_SLOT, False, False, S.STAGES,
+                half, 1, PER_SLOT, False, False, S.STAGES,
             )  # fmt: skip
             _make_strip(
                 finish(spread, ring, last), p_strip, p_gated, p_partial, p_low, p_gates, weights,
-                counts, before // S.MAKERS, before % S.MAKERS, tiles_m, M, S,
+                counts, before // S.MAKERS, before % S.MAKERS, tiles_m, M, half, S,
             )  # fmt: skip
         else:
             tile_m, tile_n = tile_at(index - before, tiles_m, S)
-            row = tile_m * S.BLOCK_M
+            row = tile_m * S.BLOCK_M + half * S.HALF_M
             column = tile_n * S.BLOCK_N
             if S.DROPOUT:
                 tile, slot, phase = contract(
-                    slots, ring, slot, phase, S.N, 0, S.BLOCK_S, S.OUT_MAJOR, False, S
+                    slots, ring, slot, phase, half, S.N, 0, S.BLOCK_S, S.OUT_MAJOR, False, S
                 )
                 mbarrier.wait(ring.ready.index(slot), phase)
                 at = slot * (S.BLOCK_K // S.BLOCK_S)
-                b_strip = slots.ss.index(at)
+                b_strip = slots.ss.index(at).slice(half * S.HALF_M, S.HALF_M, dim=0)
                 b_side = slots.us.index(at)
-                _store_dropped(dx, ys, tile, b_strip, b_side, p_words, row, column, M, S)
+                _store_masked(
+                    dx, ys, tile, b_strip, b_side, p_words, row, column, M, 0, S.BLOCK_N, S
+                )
                 mbarrier.arrive(ring.empty.index(slot), count=1)
                 slot, phase = advance(slot, phase, S.STAGES)
             else:
                 tile, slot, phase = contract(
-                    slots, ring, slot, phase, S.N, S.SIDE, S.BLOCK_S, S.OUT_MAJOR, False, S
+                    slots, ring, slot, phase, half, S.N, S.SIDE, S.BLOCK_S, S.OUT_MAJOR, False, S
                 )
-                store_tile(dx, ys, tile, dx, row, column, S.K, S.BLOCK_M, S.BLOCK_N, S.PARTS, False)
+                store_tile(dx, ys, tile, dx, row, column, 0, S.BLOCK_N, False, S)
         item = await_item(ring, slot, phase)
     tma.store_wait(0)
-    leave_clean(counts, FLAGS + 2 * tiles_m + S.PIECES)
+    leave_clean(counts, FLAGS + 3 * tiles_m + 2 * S.PIECES)
 
 
 @gluon.jit(do_not_specialize=["M", "slack", "start", "gap", "early", "chunk", "shares"])
@@ -380,7 +392,8 @@ def _hopper_backward(
     """
     tiles_m = gl.cdiv(M, S.BLOCK_M)
     xs, ws = slot_memory(dy, weight, S)
-    ys = gl.allocate_shared_memory(dx.dtype, [S.BLOCK_M, S.BLOCK_N // S.PARTS], dx.layout)
+    y0 = gl.allocate_shared_memory(dx.dtype, [2, S.HALF_M, S.PIECE], dx.layout)
+    y1 = gl.allocate_shared_memory(dx.dtype, [2, S.HALF_M, S.PIECE], dx.layout)
     ss = parts_of(xs, strip, S.SLOT_M, S.BLOCK_M, S.BLOCK_S, S.STAGES)
     us = parts_of(ws, side, S.SLOT_N, S.BLOCK_S, S.BLOCK_N, S.STAGES)
     ms = parts_of(ws, dy_rows, S.SLOT_N, S.BLOCK_M, S.DEPTH, S.STAGES)
@@ -401,11 +414,13 @@ def _hopper_backward(
     order = (slack, start, gap, early, chunk, shares)
     gl.warp_specialize(
         [
-            (_consume, (dx, ys, slots, ring, counts, made, gated, partial, parts, out, low, gates,
-                        words, weights, scaling, M, tiles_m, order, S)),
+            (_consume, (dx, y0, slots, ring, counts, made, gated, partial, parts, out,
+                        low, gates, words, weights, scaling, M, tiles_m, order, 0, S)),
+            (_consume, (dx, y1, slots, ring, counts, made, gated, partial, parts, out,
+                        low, gates, words, weights, scaling, M, tiles_m, order, 1, S)),
             (_produce, (dy, weight, dy_rows, up, strip, side, x_columns, strip_rows, dy_columns,
                         gated_rows, slots, ring, counts, M, tiles_m, order, S)),
         ],
-        [1],
-        [32],
+        [4, 1],
+        [232, 32],
     )  # fmt: skip

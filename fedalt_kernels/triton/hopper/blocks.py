@@ -35,6 +35,39 @@ def dropped(block, words, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.where(((words >> o_bit) & 1) != 0, block, 0.0).to(block.dtype)
 
 
+@gluon.constexpr_function
+def pairs_layout(layout):
+    """Of [rows, 64] in a blocked layout, as [rows, 2, 32]."""
+    rows, columns = layout.size_per_thread
+    high, wide = layout.threads_per_warp
+    return gl.BlockedLayout(
+        [rows, 1, columns], [high, 2, wide // 2], [*layout.warps_per_cta, 1], [2, 1, 0]
+    )
+
+
+@gluon.jit
+def word_pairs(p_words, row, column, M, ROWS: gl.constexpr, WORDS: gl.constexpr,
+               LAYOUT: gl.constexpr):  # fmt: skip
+    """The mask's two words of each of ROWS rows, for 64 columns from `column` on."""
+    lay: gl.constexpr = gl.SliceLayout(2, pairs_layout(LAYOUT))
+    o_row = gl.expand_dims(row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lay)), 1)
+    o_word = gl.expand_dims(column // 32 + gl.arange(0, 2, layout=gl.SliceLayout(0, lay)), 0)
+    p_word = p_words + o_row.to(gl.int64) * WORDS + o_word
+    return gl.load(p_word, mask=(o_row < M) & (o_word < WORDS), other=0)
+
+
+@gluon.jit
+def dropped_pairs(block, words, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """`dropped` for a block [ROWS, 64] and its `word_pairs`."""
+    pairs: gl.constexpr = pairs_layout(LAYOUT)
+    parts = gl.convert_layout(gl.reshape(block, [ROWS, 2, 32]), pairs)
+    o_bit = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(0, pairs)))
+    o_bit = gl.expand_dims(gl.expand_dims(o_bit, 0), 0)
+    kept = ((gl.expand_dims(words, 2) >> o_bit) & 1) != 0
+    parts = gl.where(kept, parts, 0.0).to(block.dtype)
+    return gl.convert_layout(gl.reshape(parts, [ROWS, 64]), LAYOUT)
+
+
 @gluon.jit
 def halves(block, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
     """The left and the right half of a block, in a product's layout."""
@@ -45,11 +78,11 @@ def halves(block, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def with_bias(block, bias, column, N: gl.constexpr, WIDTH: gl.constexpr, BIAS: gl.constexpr):
+def with_bias(block, bias, column, WIDTH: gl.constexpr, BIAS: gl.constexpr, S: gl.constexpr):
     if BIAS:
         lay: gl.constexpr = gl.SliceLayout(0, product_layout(WIDTH, gl.num_warps()))
         o_n = column + gl.arange(0, WIDTH, layout=lay)
-        b_bias = gl.load(bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)
+        b_bias = gl.load(bias + o_n, mask=o_n < S.N, other=0.0).to(gl.float32)
         return block + gl.expand_dims(b_bias, 0)
     else:
         return block
@@ -57,8 +90,8 @@ def with_bias(block, bias, column, N: gl.constexpr, WIDTH: gl.constexpr, BIAS: g
 
 @gluon.jit
 def store_part(target, staging, block, row, column):
-    """Has a block copied out through shared memory."""
-    tma.store_wait(0)
+    """Has a block copied out through shared memory, while the copy before it is under way."""
+    tma.store_wait(1)
     staging.store(block.to(target.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(target, [row, column], staging)
@@ -72,19 +105,18 @@ def store_tile(
     bias,
     row,
     column,
-    N: gl.constexpr,
-    HEIGHT: gl.constexpr,
+    at: gl.constexpr,
     WIDTH: gl.constexpr,
-    PARTS: gl.constexpr,
     BIAS: gl.constexpr,
+    S: gl.constexpr,
 ):
-    """Copies out a tile, plus bias [N], in PARTS (1, 2 or 4) side by side."""
-    if PARTS == 1:
-        block = with_bias(block, bias, column, N, WIDTH, BIAS)
-        store_part(target, staging, block, row, column)
+    """Copies out WIDTH columns of a tile from `at` on, plus bias, in pieces that take turns in two
+    buffers."""
+    if WIDTH == S.PIECE:
+        block = with_bias(block, bias, column + at, WIDTH, BIAS, S)
+        store_part(target, staging.index(at // WIDTH % 2), block, row, column + at)
     else:
         HALF: gl.constexpr = WIDTH // 2
-        FEWER: gl.constexpr = PARTS // 2
-        left, right = halves(block, HEIGHT, WIDTH)
-        store_tile(target, staging, left, bias, row, column, N, HEIGHT, HALF, FEWER, BIAS)
-        store_tile(target, staging, right, bias, row, column + HALF, N, HEIGHT, HALF, FEWER, BIAS)
+        left, right = halves(block, S.HALF_M, WIDTH)
+        store_tile(target, staging, left, bias, row, column, at, HALF, BIAS, S)
+        store_tile(target, staging, right, bias, row, column, at + HALF, HALF, BIAS, S)

@@ -56,9 +56,9 @@ def store_dlogits(products, o_rank, o_row, p_partial, p_gates, p_strip, M, S: gl
     lay: gl.constexpr = product_layout(16, gl.num_warps())
     rows: gl.constexpr = o_row.type.layout
     p_gate = p_gates + o_row.to(gl.int64) * S.E
-    mean = gl.zeros([S.BLOCK_M], gl.float32, layout=rows)
+    mean = gl.zeros([S.HALF_M], gl.float32, layout=rows)
     o_head = gl.expand_dims(gl.arange(0, S.HEAD, layout=gl.SliceLayout(0, lay)), 0)
-    parts = gl.zeros((S.BLOCK_M, S.HEAD), gl.float32, layout=lay)
+    parts = gl.zeros((S.HALF_M, S.HEAD), gl.float32, layout=lay)
     if S.MAKERS == 1:
         for e in gl.static_range(S.E):
             gate = gl.load(p_gate + e, mask=o_row < M, other=0.0)

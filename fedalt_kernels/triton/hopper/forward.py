@@ -1,7 +1,7 @@
 """Forward: y, P and the gates in one launch.
 
-The first items make the strip: a row block of x times `side` gives P and the logits, hence gates and
-S.  The tiles of y take S · up as the last step of their contraction; the producer waits for a
+The first items make the strip: a row block of x times `side` gives P and the logits, hence gates
+and S.  The tiles of y take S · up as the last step of their contraction; the producer waits for a
 strip, far ahead of the consumers.
 """
 
@@ -84,7 +84,7 @@ def _produce_tile(
         else:
             tma.async_copy_global_to_shared(weight, [k, column], ready, slots.ws.index(slot))
         slot, phase = advance(slot, phase, S.STAGES)
-    wait_for(flag, S.MAKERS)
+    wait_for(flag, 2 * S.MAKERS)
     for rank in range(0, S.RANKS, S.BLOCK_R):
         ready = ring.ready.index(slot)
         mbarrier.wait(ring.empty.index(slot), phase)
@@ -156,9 +156,9 @@ def _store_strip(
     """A maker's P, its S, and the gates; announces them."""
     thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
     rows: gl.constexpr = gl.SliceLayout(1, thin)
-    o_row = row + gl.arange(0, S.BLOCK_M, layout=rows)
+    o_row = row + gl.arange(0, S.HALF_M, layout=rows)
     o_rank = part * S.WIDTH - S.SHIFT + gl.arange(0, S.WIDTH, layout=gl.SliceLayout(0, thin))
-    gate = gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, layout=thin)
+    gate = gl.zeros((S.HALF_M, S.WIDTH), gl.float32, layout=thin)
     if S.GATED:
         peak = peak_logit(logits, S.E)
         total = powers_of(logits, peak, 0, S.E)
@@ -171,7 +171,7 @@ def _store_strip(
                 gl.store(p_gates + o_row.to(gl.int64) * S.E + e, mine, mask=o_row < M)
     else:
         for e in gl.static_range(S.E):
-            mine = gl.full([S.BLOCK_M], weights[e], gl.float32, rows)
+            mine = gl.full([S.HALF_M], weights[e], gl.float32, rows)
             gate = owned_gate(gate, mine, o_rank, e, S.EDGES)
     inside = gl.expand_dims((o_rank >= 0) & (o_rank < S.RANKS), 0)
     m_low = gl.expand_dims(o_row < M, 1) & inside
@@ -184,26 +184,28 @@ def _store_strip(
 
 
 @gluon.jit
-def _project(slots, ring, slot, phase, p_words, row, M, S: gl.constexpr):
-    """P and the logits of a row block, and the next slot and its phase."""
+def _project(slots, ring, slot, phase, p_words, row, M, half: gl.constexpr, S: gl.constexpr):
+    """P and the logits of a half of a row block, from `row` on; the next slot and its phase."""
     thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
     mixer: gl.constexpr = product_layout(S.LOGITS, gl.num_warps())
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=thin, k_width=2)
-    low = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, layout=thin))
-    parts = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.LOGITS), gl.float32, layout=mixer))
-    o_row = row + gl.arange(0, S.BLOCK_M, layout=gl.SliceLayout(1, left))
+    low = warpgroup_mma_init(gl.zeros((S.HALF_M, S.WIDTH), gl.float32, layout=thin))
+    parts = warpgroup_mma_init(gl.zeros((S.HALF_M, S.LOGITS), gl.float32, layout=mixer))
+    o_row = row + gl.arange(0, S.HALF_M, layout=gl.SliceLayout(1, left))
     last = slot + 0
+    if S.DROPOUT:
+        words = words_of(p_words, o_row, 0, M, S.WORDS, S.DEPTH, left)
     for k in range(0, S.K, S.DEPTH):
-        if S.DROPOUT:
-            words = words_of(p_words, o_row, k, M, S.WORDS, S.DEPTH, left)
         mbarrier.wait(ring.ready.index(slot), phase)
         b_x = slots.ms.index(slot * (S.SLOT_N // (S.BLOCK_M * S.DEPTH)))
+        b_x = b_x.slice(half * S.HALF_M, S.HALF_M, dim=0)
         b_side = slots.ns.index(slot * (S.SLOT_M // (S.WIDTH * S.DEPTH))).permute((1, 0))
         if S.ROUTER:
             b_router = slots.gs.index((2 * slot + 1) * (S.SLOT_N // 2 // (S.HEAD * S.DEPTH)))
             parts = warpgroup_mma(b_x, b_router.permute((1, 0)), parts, is_async=True)
         if S.DROPOUT:
             b_kept = dropped(b_x.load(left), words, S.DEPTH, left)
+            words = words_of(p_words, o_row, k + S.DEPTH, M, S.WORDS, S.DEPTH, left)
             low = warpgroup_mma(b_kept, b_side, low, is_async=True)
             made, found, _ = warpgroup_mma_wait(0, deps=(low, parts, b_kept))
         else:
@@ -235,6 +237,7 @@ def _consume(
     M,
     tiles_m,
     slack,
+    half: gl.constexpr,
     S: gl.constexpr,
 ):
     makers = tiles_m * S.MAKERS
@@ -246,8 +249,10 @@ def _consume(
         if makes:
             tile_m = before // S.MAKERS
             part = before % S.MAKERS
-            row = tile_m * S.BLOCK_M
-            b_low, b_parts, slot, phase = _project(slots, ring, slot, phase, p_words, row, M, S)
+            row = tile_m * S.BLOCK_M + half * S.HALF_M
+            b_low, b_parts, slot, phase = _project(
+                slots, ring, slot, phase, p_words, row, M, half, S
+            )
             logits = b_parts if S.ROUTER else b_low
             flag = counts + FLAGS + tile_m
             _store_strip(
@@ -255,13 +260,12 @@ def _consume(
             )
         else:
             tile_m, tile_n = tile_at(item - before, tiles_m, S)
+            row = tile_m * S.BLOCK_M + half * S.HALF_M
             tile, slot, phase = contract(
-                slots, ring, slot, phase, S.K, S.RANKS, S.BLOCK_R, S.OUT_MAJOR, True, S
+                slots, ring, slot, phase, half, S.K, S.RANKS, S.BLOCK_R, S.OUT_MAJOR, True, S
             )
-            store_tile(
-                y, ys, tile, p_bias, tile_m * S.BLOCK_M, tile_n * S.BLOCK_N,
-                S.N, S.BLOCK_M, S.BLOCK_N, S.PARTS, S.BIAS,
-            )  # fmt: skip
+            column = tile_n * S.BLOCK_N
+            store_tile(y, ys, tile, p_bias, row, column, 0, S.BLOCK_N, S.BIAS, S)
         item = await_item(ring, slot, phase)
     tma.store_wait(0)
     leave_clean(counts, FLAGS + tiles_m)
@@ -291,7 +295,8 @@ def _hopper(
     """y [M, N], P `low` [M, R], S `gated` [M, STRIDE] and `gates` [M, E] of x [M, K]."""
     tiles_m = gl.cdiv(M, S.BLOCK_M)
     xs, ws = slot_memory(x, weight, S)
-    ys = gl.allocate_shared_memory(y.dtype, [S.BLOCK_M, S.BLOCK_N // S.PARTS], y.layout)
+    y0 = gl.allocate_shared_memory(y.dtype, [2, S.HALF_M, S.PIECE], y.layout)
+    y1 = gl.allocate_shared_memory(y.dtype, [2, S.HALF_M, S.PIECE], y.layout)
     ss = parts_of(xs, strip, S.SLOT_M, S.BLOCK_M, S.BLOCK_R, S.STAGES)
     us = parts_of(ws, up, S.SLOT_N, S.BLOCK_N, S.BLOCK_R, S.STAGES)
     ms = parts_of(ws, x_rows, S.SLOT_N, S.BLOCK_M, S.DEPTH, S.STAGES)
@@ -304,11 +309,13 @@ def _hopper(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (y, ys, slots, ring, counts, bias, gated, low, gates, words, weights, M,
-                        tiles_m, slack, S)),
+            (_consume, (y, y0, slots, ring, counts, bias, gated, low, gates, words,
+                        weights, M, tiles_m, slack, 0, S)),
+            (_consume, (y, y1, slots, ring, counts, bias, gated, low, gates, words,
+                        weights, M, tiles_m, slack, 1, S)),
             (_produce, (x, weight, x_rows, narrow, router, strip, up, slots, ring, counts, tiles_m,
                         slack, S)),
         ],
-        [1],
-        [32],
+        [4, 1],
+        [232, 32],
     )  # fmt: skip

@@ -44,16 +44,16 @@ def _pack_sides(
         o_k = k + tl.arange(0, BLOCK)
         m_k = (o_k < K)[None, :]
         o_row = row + tl.arange(0, BLOCK_R)
-        if row < HEAD:
+        p_down = down_pointers(downs, o_row - HEAD, K, E, EDGES)[:, None] + o_k[None, :]
+        m_down = (o_row >= HEAD)[:, None] & (o_row - HEAD < EDGES[E])[:, None] & m_k
+        b_rows = tl.load(p_down, mask=m_down, other=0.0).to(tl.float32)
+        if HEAD > 0:
             p_head = mixer + (o_row % E)[:, None] * K + o_k[None, :]
             b_head = tl.load(p_head, mask=(o_row < 3 * E)[:, None] & m_k, other=0.0)
             is_low = (o_row >= 2 * E)[:, None]
             dtype: tl.constexpr = side.dtype.element_ty
-            b_rows = split_parts(b_head.to(tl.float32), is_low, dtype, PRECISION).to(tl.float32)
-        else:
-            p_down = down_pointers(downs, o_row - HEAD, K, E, EDGES)[:, None] + o_k[None, :]
-            m_down = (o_row - HEAD < EDGES[E])[:, None] & m_k
-            b_rows = tl.load(p_down, mask=m_down, other=0.0).to(tl.float32)
+            b_head = split_parts(b_head.to(tl.float32), is_low, dtype, PRECISION)
+            b_rows = tl.where((o_row < HEAD)[:, None], b_head.to(tl.float32), b_rows)
         ROWS: tl.constexpr = HEAD + EDGES[E]
         store_block(side, b_rows, row, k, ROWS, K, K, BLOCK_R, BLOCK, False, PRECISION)
     elif row < EDGES[E]:

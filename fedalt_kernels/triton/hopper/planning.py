@@ -20,11 +20,11 @@ from ..tiles import (
 )
 from ..workspace import counters
 from . import record
-from .order import CHUNK, order_of, slack_of
 from .backward import FLAGS as BACKWARD_FLAGS
 from .backward import _hopper_backward
 from .forward import FLAGS as FORWARD_FLAGS
 from .forward import _hopper
+from .order import order_of, slack_of
 from .pack import siding
 from .shapes import (
     BLOCK_K,
@@ -40,7 +40,7 @@ from .shapes import (
     rounded_up,
 )
 
-WARPS = 8  # of the consumers
+WARPS = 4  # of a consumer
 
 
 def edges_of(branches: Branches) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def mixing(
             "router": Box(shape.HEAD, k, k, (shape.HEAD, shape.DEPTH)) if shape.ROUTER else None,
             "strip": Box(m, ranks, shape.STRIDE, (BLOCK_M, shape.BLOCK_R)),
             "up": Box(n, ranks, shape.STRIDE, (BLOCK_N, shape.BLOCK_R)),
-            "y": Box(m, n, n, (BLOCK_M, BLOCK_N // shape.PARTS)),
+            "y": Box(m, n, n, (shape.HALF_M, shape.PIECE)),
         },
         WARPS,
         weights=tuple(weights),
@@ -192,7 +192,7 @@ def mixing_backward(
     mask = masking(m, k, branches.threshold) if shape.DROPOUT else None
     sum_x, sum_y = shape.WIDTH_X > 0, shape.WIDTH_Y > 0
     few = shape.UPS[1] - shape.UPS[0]
-    shares = triton.cdiv(m, CHUNK)
+    order = order_of(m, programs(dy.device), shape)
     launch = Launch(
         _hopper_backward,
         (programs(dy.device),),
@@ -212,17 +212,17 @@ def mixing_backward(
             "strip_rows": Box(m, shape.SIDE, shape.STRIDE, (shape.ROWS_X, shape.WIDTH_X)),
             "dy_columns": Box(m, n, dy.stride(0), (shape.ROWS_Y, COLUMNS)),
             "gated_rows": Box(m, few, shape.STRIDE_UP, (shape.ROWS_Y, shape.WIDTH_Y)),
-            "dx": Box(m, k, k, (BLOCK_M, BLOCK_N // shape.PARTS)),
+            "dx": Box(m, k, k, (shape.HALF_M, shape.PIECE)),
         },
         WARPS,
         weights=tuple(weights),
         scaling=float(branches.scaling),
         M=m,
-        **order_of(m, programs(dy.device), shape),
+        **order,
         S=Constants(shape),
     )
-    flags = BACKWARD_FLAGS.value + 2 * triton.cdiv(m, BLOCK_M) + shape.PIECES
-    sizes = shares * shape.PIECES * COLUMNS * shape.MOST
+    flags = BACKWARD_FLAGS.value + 3 * triton.cdiv(m, BLOCK_M) + 2 * shape.PIECES
+    sizes = order["shares"] * shape.PIECES * COLUMNS * shape.MOST
     parted = shape.GATED and shape.MAKERS > 1
     length = shape.BELOW * k + few * n
 

@@ -1,9 +1,10 @@
 """What Hopper's kernels are made of: a ring of slots, tickets, flags, and tiles of a product.
 
-Every kernel is one persistent launch of two partitions.  The producer, one warp, takes tickets and
-has blocks copied (TMA) into the slots of a ring; the consumers, two warp groups, multiply what lies
-there (wgmma).  Tickets are handed out in order and an item waits only for earlier ones, hence for
-programs that are running: no order of dispatch is assumed.
+Every kernel is one persistent launch of three partitions.  The producer, one warp, takes tickets
+and has blocks copied (TMA) into the slots of a ring; two consumers, a warp group each, multiply
+what lies there (wgmma).  Each has a half of an item's rows and goes its own way: while one stores
+its half the other multiplies.  Tickets are handed out in order and an item waits only for earlier
+ones, hence for programs that are running: no order of dispatch is assumed.
 
 Grammar as in `primitives`; S are the sizes and flags of a launch, see `shapes`.
 
@@ -33,7 +34,7 @@ class Ring(NamedTuple):
 
     tickets: Any  # int32, read once the slot is ready
     ready: Any  # all of its blocks have come
-    empty: Any  # the product that reads them has ended
+    empty: Any  # both products that read them have ended
 
 
 @gluon.jit
@@ -43,7 +44,7 @@ def make_ring(STAGES: gl.constexpr):
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
     return Ring(tickets, ready, empty)
 
 
@@ -176,20 +177,23 @@ def multiply(
     last,
     held,
     steps,
+    half: gl.constexpr,
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     TURN_LEFT: gl.constexpr,
     TURN_RIGHT: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """acc + Σ left · right over the next slots, of which each holds LEFT and RIGHT such blocks.
+    """acc + Σ left · right over the next slots, of which each holds LEFT and RIGHT such blocks; of
+    the left one this half, 64 rows or, if TURN_LEFT, columns.
 
     One product is always under way; slot `last` is released when its own has ended, if `held`.
     Returns acc, slot, phase, and the slot that is still to be released.
     """
     for step in range(steps):
         mbarrier.wait(ring.ready.index(slot), phase)
-        left = turned(ls.index(slot * LEFT), TURN_LEFT)
+        left = ls.index(slot * LEFT).slice(half * 64, 64, dim=1 if TURN_LEFT else 0)
+        left = turned(left, TURN_LEFT)
         right = turned(rs.index(slot * RIGHT), TURN_RIGHT)
         acc = warpgroup_mma(left, right, acc, is_async=True)
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
@@ -213,6 +217,7 @@ def contract(
     ring,
     slot,
     phase,
+    half: gl.constexpr,
     LENGTH: gl.constexpr,
     STRIP: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -220,7 +225,7 @@ def contract(
     SIDE_OUT_MAJOR: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One tile: the product over LENGTH columns, and over STRIP of them, BLOCK at a time.
+    """A half of a tile: the product over LENGTH columns, and over STRIP of them, BLOCK at a time.
 
     Returns it, the next slot and its phase.
     """
@@ -228,24 +233,24 @@ def contract(
     STEPS: gl.constexpr = (LENGTH + S.BLOCK_K - 1) // S.BLOCK_K
     MORE: gl.constexpr = (STRIP + BLOCK - 1) // BLOCK
     PER_SLOT: gl.constexpr = S.BLOCK_K // BLOCK
-    acc = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.BLOCK_N), gl.float32, layout=wide))
+    acc = warpgroup_mma_init(gl.zeros((S.HALF_M, S.BLOCK_N), gl.float32, layout=wide))
     acc, slot, phase, last = multiply(
         acc, slots.xs, slots.ws, ring, slot, phase, slot, False, STEPS,
-        1, 1, False, OUT_MAJOR, S.STAGES,
+        half, 1, 1, False, OUT_MAJOR, S.STAGES,
     )  # fmt: skip
     acc, slot, phase, last = multiply(
         acc, slots.ss, slots.us, ring, slot, phase, last, True, MORE,
-        PER_SLOT, PER_SLOT, False, SIDE_OUT_MAJOR, S.STAGES,
+        half, PER_SLOT, PER_SLOT, False, SIDE_OUT_MAJOR, S.STAGES,
     )  # fmt: skip
     return finish(acc, ring, last), slot, phase
 
 
 @gluon.jit
 def leave_clean(counts, length):
-    """The last program of the launch zeroes the counters, of which the second counts who left."""
+    """The last consumer of the launch zeroes the counters, of which the second counts who left."""
     barrier()
     left = gl.atomic_add(counts + 1, 1, sem="acq_rel", scope="gpu")
-    if left == gl.num_programs(0) - 1:
+    if left == 2 * gl.num_programs(0) - 1:
         lay: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         for i in range(0, length, 256):
             o_count = i + gl.arange(0, 256, layout=lay)

@@ -13,7 +13,7 @@ BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 GROUP_M = 8
 COLUMNS = 128  # of x or dY in an item of the sums over tokens
 SLOT_M, SLOT_N = BLOCK_M * BLOCK_K, BLOCK_N * BLOCK_K  # elements of a slot's two parts
-STAGES, PARTS = 4, 4  # slots, and parts in which a tile is stored: all of shared memory
+STAGES = 4
 WIDEST = 64  # columns of a step of the strip
 MOST_RANKS = 256
 MOST_SUMMED = 256  # columns of a sum over tokens
@@ -66,11 +66,12 @@ class Forward:
     OUT_MAJOR: bool  # W is stored as [N, K]
 
     BLOCK_M = BLOCK_M
+    HALF_M = BLOCK_M // 2  # rows of one of the two consumers
     BLOCK_N = BLOCK_N
     BLOCK_K = BLOCK_K
     GROUP_M = GROUP_M
     STAGES = STAGES
-    PARTS = PARTS
+    PIECE = BLOCK_N // 4  # columns of a tile that are stored at a time
     SLOT_M = SLOT_M
     SLOT_N = SLOT_N
 
@@ -156,14 +157,20 @@ class Backward:
     OUT_MAJOR: bool  # the rows of W as it is stored are dX's columns
 
     BLOCK_M = BLOCK_M
+    HALF_M = BLOCK_M // 2  # rows of one of the two consumers
     BLOCK_N = BLOCK_N
     BLOCK_K = BLOCK_K
     GROUP_M = GROUP_M
     STAGES = STAGES
-    PARTS = PARTS
     SLOT_M = SLOT_M
     SLOT_N = SLOT_N
     COLUMNS = COLUMNS
+    HALF_COLUMNS = COLUMNS // 2
+
+    @property
+    def PIECE(self) -> int:
+        """Columns of a tile that are stored at a time; of a masked one a word of the mask's."""
+        return 32 if self.DROPOUT else BLOCK_N // 4
 
     @property
     def E(self) -> int:

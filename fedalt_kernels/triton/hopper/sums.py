@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .blocks import dropped, product_layout, words_of
+from .blocks import dropped_pairs, product_layout, word_pairs
 from .gates import column_of
 from .ring import advance, barrier, multiply
 
@@ -62,6 +62,7 @@ def _sum_kept(
     first,
     end,
     M,
+    half: gl.constexpr,
     ROWS: gl.constexpr,
     WIDTH: gl.constexpr,
     S: gl.constexpr,
@@ -73,35 +74,27 @@ def _sum_kept(
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     sums: gl.constexpr = product_layout(WIDTH, gl.num_warps())
     mixer: gl.constexpr = product_layout(S.LOGITS, gl.num_warps())
-    acc = warpgroup_mma_init(gl.zeros((S.COLUMNS, WIDTH), gl.float32, layout=sums))
-    plain = warpgroup_mma_init(gl.zeros((S.COLUMNS, S.LOGITS), gl.float32, layout=mixer))
-    o_row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lay))
-    words = words_of(p_words, o_row, column, M, S.WORDS, S.COLUMNS, lay)
-    last = slot + 0
+    acc = gl.zeros((S.HALF_COLUMNS, WIDTH), gl.float32, layout=sums)
+    plain = gl.zeros((S.HALF_COLUMNS, S.LOGITS), gl.float32, layout=mixer)
+    words = word_pairs(p_words, first, column, M, ROWS, S.WORDS, lay)
     for row in range(first, end, ROWS):
         mbarrier.wait(ring.ready.index(slot), phase)
         block = cs.index(slot * (S.SLOT_N // (ROWS * S.COLUMNS)))
+        block = block.slice(half * S.HALF_COLUMNS, S.HALF_COLUMNS, dim=1)
         b_factor = fs.index(slot * (S.SLOT_M // (ROWS * WIDTH)))
+        b_kept = dropped_pairs(block.load(lay), words, ROWS, lay)
+        words = word_pairs(p_words, row + ROWS, column, M, ROWS, S.WORDS, lay)
         if S.MIXER:
             b_mixer = b_factor.slice(0, S.HEAD, dim=1)
-            plain = warpgroup_mma(block.permute((1, 0)), b_mixer, plain, is_async=True)
-        b_kept = dropped(block.load(lay), words, S.COLUMNS, lay)
-        o_row += ROWS
-        words = words_of(p_words, o_row, column, M, S.WORDS, S.COLUMNS, lay)
-        made, found = warpgroup_mma_wait(0, deps=(acc, plain))
-        mbarrier.arrive(ring.empty.index(last), count=1, pred=row > first)
+            plain = warpgroup_mma(block.permute((1, 0)), b_mixer, plain)
+        barrier()  # all have read what some now write
         block.store(b_kept)
         fence_async_shared()
         barrier()
-        plain = warpgroup_mma_init(found)
-        acc = warpgroup_mma(
-            block.permute((1, 0)), b_factor, warpgroup_mma_init(made), is_async=True
-        )
-        last = slot + 0
+        acc = warpgroup_mma(block.permute((1, 0)), b_factor, acc)
+        mbarrier.arrive(ring.empty.index(slot), count=1)
         slot, phase = advance(slot, phase, S.STAGES)
-    total, rest = warpgroup_mma_wait(0, deps=(acc, plain))
-    mbarrier.arrive(ring.empty.index(last), count=1)
-    return total, rest, slot, phase
+    return acc, plain, slot, phase
 
 
 @gluon.jit
@@ -112,17 +105,32 @@ def _sum(
     slot,
     phase,
     steps,
+    half: gl.constexpr,
     ROWS: gl.constexpr,
     WIDTH: gl.constexpr,
     S: gl.constexpr,
 ):
-    """sourceᵀ · factor [128, WIDTH] over the next slots, and the next slot and its phase."""
+    """sourceᵀ · factor [64, WIDTH] over the next slots, and the next slot and its phase."""
     sums: gl.constexpr = product_layout(WIDTH, gl.num_warps())
-    acc = warpgroup_mma_init(gl.zeros((S.COLUMNS, WIDTH), gl.float32, layout=sums))
+    acc = warpgroup_mma_init(gl.zeros((S.HALF_COLUMNS, WIDTH), gl.float32, layout=sums))
     PER_C: gl.constexpr = S.SLOT_N // (ROWS * S.COLUMNS)
     PER_F: gl.constexpr = S.SLOT_M // (ROWS * WIDTH)
     acc, slot, phase, last = multiply(
-        acc, cs, fs, ring, slot, phase, slot, False, steps, PER_C, PER_F, True, False, S.STAGES
+        acc,
+        cs,
+        fs,
+        ring,
+        slot,
+        phase,
+        slot,
+        False,
+        steps,
+        half,
+        PER_C,
+        PER_F,
+        True,
+        False,
+        S.STAGES,
     )
     total = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(ring.empty.index(last), count=1)
@@ -137,14 +145,14 @@ def _add_shares(
     all up in their order: returns the sum, and whether it is complete."""
     lay: gl.constexpr = total.type.layout
     SIZE: gl.constexpr = S.PIECES * S.COLUMNS * S.MOST
-    o_column = gl.expand_dims(gl.arange(0, S.COLUMNS, layout=gl.SliceLayout(1, lay)), 1)
+    o_column = gl.expand_dims(gl.arange(0, S.HALF_COLUMNS, layout=gl.SliceLayout(1, lay)), 1)
     o_width = gl.expand_dims(gl.arange(0, total.shape[1], layout=gl.SliceLayout(0, lay)), 0)
     o_share = o_column * S.MOST + o_width
     p_mine = p_shares + share * SIZE
     gl.store(p_mine + o_share, total, mask=o_width >= HEAD)
     if HEAD > 0:
         thin: gl.constexpr = plain.type.layout
-        o_high = gl.expand_dims(gl.arange(0, S.COLUMNS, layout=gl.SliceLayout(1, thin)), 1)
+        o_high = gl.expand_dims(gl.arange(0, S.HALF_COLUMNS, layout=gl.SliceLayout(1, thin)), 1)
         o_head = gl.expand_dims(gl.arange(0, HEAD, layout=gl.SliceLayout(0, thin)), 0)
         gl.store(p_mine + o_high * S.MOST + o_head, plain)
     barrier()
@@ -173,29 +181,30 @@ def sum_downs(
     shares,
     first,
     end,
+    half: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One item of x.  Into out: if MIXER dG [E, K], then dA of the wanted ranks, [ranks, K].
+    """A half of an item of x.  Into out: if MIXER dG [E, K], then dA of the wanted ranks [r, K].
 
     Returns the next slot and its phase.
     """
-    column = piece * S.COLUMNS
-    p_piece = p_shares + piece * (S.COLUMNS * S.MOST)
+    column = piece * S.COLUMNS + half * S.HALF_COLUMNS
+    p_piece = p_shares + (2 * piece + half) * (S.HALF_COLUMNS * S.MOST)
     if S.DROPOUT:
         total, plain, slot, phase = _sum_kept(
-            cs, fs, ring, slot, phase, p_words, column, first, end, M, S.ROWS_X, S.WIDTH_X, S
+            cs, fs, ring, slot, phase, p_words, column, first, end, M, half, S.ROWS_X, S.WIDTH_X, S
         )
         MIXED: gl.constexpr = S.HEAD if S.MIXER else 0
         total, complete = _add_shares(total, plain, p_piece, arrived, share, shares, MIXED, S)
     else:
         steps = gl.cdiv(end - first, S.ROWS_X)
-        total, slot, phase = _sum(cs, fs, ring, slot, phase, steps, S.ROWS_X, S.WIDTH_X, S)
+        total, slot, phase = _sum(cs, fs, ring, slot, phase, steps, half, S.ROWS_X, S.WIDTH_X, S)
         total, complete = _add_shares(total, total, p_piece, arrived, share, shares, 0, S)
     if complete:
         lay: gl.constexpr = total.type.layout
         dtype: gl.constexpr = p_out.dtype.element_ty
         ABOVE: gl.constexpr = S.E if S.MIXER else 0
-        o_column = column + gl.arange(0, S.COLUMNS, layout=gl.SliceLayout(1, lay))
+        o_column = column + gl.arange(0, S.HALF_COLUMNS, layout=gl.SliceLayout(1, lay))
         o_rank = gl.arange(0, S.WIDTH_X, layout=gl.SliceLayout(0, lay)) - S.HEAD
         wanted = gl.expand_dims((o_rank >= S.DOWNS[0]) & (o_rank < S.DOWNS[1]), 0)
         m_down = gl.expand_dims(o_column < S.K, 1) & wanted
@@ -223,18 +232,21 @@ def sum_ups(
     shares,
     first,
     end,
+    half: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One item of dY.  Into out: s · dB_e [N, r_e] of one adapter after the other of the wanted
-    ranks.  Returns the next slot and its phase."""
+    """A half of an item of dY.  Into out: s · dB_e [N, r_e] of one adapter after the other of the
+    wanted ranks.  Returns the next slot and its phase."""
     steps = gl.cdiv(end - first, S.ROWS_Y)
-    p_piece = p_shares + piece * (S.COLUMNS * S.MOST)
-    total, slot, phase = _sum(cs, fs, ring, slot, phase, steps, S.ROWS_Y, S.WIDTH_Y, S)
+    p_piece = p_shares + (2 * piece + half) * (S.HALF_COLUMNS * S.MOST)
+    total, slot, phase = _sum(cs, fs, ring, slot, phase, steps, half, S.ROWS_Y, S.WIDTH_Y, S)
     total, complete = _add_shares(total, total, p_piece, arrived, share, shares, 0, S)
     if complete:
         lay: gl.constexpr = total.type.layout
-        column = (piece - S.PIECES_X) * S.COLUMNS
-        o_n = gl.expand_dims(column + gl.arange(0, S.COLUMNS, layout=gl.SliceLayout(1, lay)), 1)
+        column = (piece - S.PIECES_X) * S.COLUMNS + half * S.HALF_COLUMNS
+        o_n = gl.expand_dims(
+            column + gl.arange(0, S.HALF_COLUMNS, layout=gl.SliceLayout(1, lay)), 1
+        )
         o_rank = S.UPS[0] + gl.arange(0, S.WIDTH_Y, layout=gl.SliceLayout(0, lay))
         o_rank = gl.expand_dims(o_rank, 0)
         place = o_n * 0 + o_rank * 0

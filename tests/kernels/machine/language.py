@@ -10,7 +10,7 @@ from torch import Tensor
 from .memory import Barrier, Barriers, Block, Descriptor, Pointer, Shared, block
 from .scheduler import Fault, here, pause
 
-WARPS = {"consumers": 8}
+WARPS = {"consumers": 4}
 
 
 def _copy_in(source: Descriptor, coord: list[Any], barrier: Barrier, result: Shared) -> None:
@@ -37,23 +37,24 @@ def _copy_in(source: Descriptor, coord: list[Any], barrier: Barrier, result: Sha
 
 def _copy_out(target: Descriptor, coord: list[Any], source: Shared) -> None:
     """A TMA store, clipped at the matrix' edges."""
-    task, (row, column), entry = here(), map(int, coord), object()
+    task, (row, column), copy = here(), map(int, coord), SimpleNamespace(done=False)
     height, width = source.shape
     source.seen()
 
     def land() -> None:
         part = target.matrix[row : row + height, column : column + width]
         part.copy_(source.data[: part.shape[0], : part.shape[1]])
-        task.copies.remove(entry)
+        copy.done = True
 
-    task.copies.append(entry)
+    task.copies.append(copy)
     task.scheduler.later.append(land)
     pause()
 
 
 def _store_wait(pending: int) -> None:
-    copies = here().copies
-    pause(lambda: len(copies) <= pending, "its copies")
+    """Until all copies but the `pending` latest have been read."""
+    older = here().copies[: len(here().copies) - pending]
+    pause(lambda: all(copy.done for copy in older), "its copies")
 
 
 class Sum:
@@ -208,6 +209,11 @@ def _ignored(*_: Any, **__: Any) -> None:
     """A layout."""
 
 
+def _blocked(*sides: Any) -> SimpleNamespace:
+    names = "size_per_thread", "threads_per_warp", "warps_per_cta", "order"
+    return SimpleNamespace(**dict(zip(names, sides, strict=True)))
+
+
 def _expect(barrier: Barrier, size: int) -> None:
     barrier.arrive(1, size)
     pause()
@@ -229,7 +235,7 @@ gl = SimpleNamespace(
     NVMMADistributedLayout=_ignored,
     DotOperandLayout=_ignored,
     SliceLayout=_ignored,
-    BlockedLayout=_ignored,
+    BlockedLayout=_blocked,
     num_warps=lambda: WARPS["consumers"],
     program_id=lambda axis: here().program,
     num_programs=lambda axis: here().scheduler.programs,

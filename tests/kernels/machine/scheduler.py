@@ -20,7 +20,7 @@ class Task:
         self.scheduler, self.name, self.program = scheduler, name, program
         self.done, self.reason, self.until = False, "", lambda: True
         self.products: list[Any] = []  # issued and not yet known to have ended
-        self.copies: list[Any] = []  # out of shared memory, still under way
+        self.copies: list[Any] = []  # out of shared memory, in their order
         self.unordered = False  # has written since its last barrier
         self.unfenced: list[tuple[Any, Any]] = []  # written, and not yet seen by copies
         self.must_fence = False  # has been told of others' writes since its last fence
