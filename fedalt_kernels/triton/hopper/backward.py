@@ -121,7 +121,7 @@ def _produce(
     order,
     S: gl.constexpr,
 ):
-    slack, start, gap, early, chunk, shares = order
+    slack, start, block, early, chunk, shares = order
     makers = tiles_m * S.MAKERS
     others = makers + tiles_m * S.TILES_N
     slot = 0
@@ -129,7 +129,7 @@ def _produce(
     item = take(counts)
     while item < others + S.PIECES * shares:
         hand_over(ring, slot, phase, item)
-        sums, index = is_sum(item, others, start, gap, early)
+        sums, index = is_sum(item, others, start, block, early)
         makes, before = is_maker(index, makers, slack)
         if sums:
             if S.PIECES > 0:
@@ -282,14 +282,14 @@ def _consume(
     half: gl.constexpr,
     S: gl.constexpr,
 ):
-    slack, start, gap, early, chunk, shares = order
+    slack, start, block, early, chunk, shares = order
     makers = tiles_m * S.MAKERS
     others = makers + tiles_m * S.TILES_N
     slot = 0
     phase = 0
     item = await_item(ring, slot, phase)
     while item < others + S.PIECES * shares:
-        sums, index = is_sum(item, others, start, gap, early)
+        sums, index = is_sum(item, others, start, block, early)
         makes, before = is_maker(index, makers, slack)
         if sums:
             if S.PIECES > 0:
@@ -351,7 +351,7 @@ def _consume(
     leave_clean(counts, FLAGS + 3 * tiles_m + 2 * S.PIECES)
 
 
-@gluon.jit(do_not_specialize=["M", "slack", "start", "gap", "early", "chunk", "shares"])
+@gluon.jit(do_not_specialize=["M", "slack", "start", "block", "early", "chunk", "shares"])
 def _hopper_backward(
     dy,
     weight,
@@ -378,7 +378,7 @@ def _hopper_backward(
     M,
     slack,
     start,
-    gap,
+    block,
     early,
     chunk,
     shares,
@@ -411,7 +411,7 @@ def _hopper_backward(
     slots = Slots(xs, ws, ss, us, ms, ns, cx, fx, cy, fy)
     ring = make_ring(S.STAGES)
     fence_async_shared()
-    order = (slack, start, gap, early, chunk, shares)
+    order = (slack, start, block, early, chunk, shares)
     gl.warp_specialize(
         [
             (_consume, (dx, y0, slots, ring, counts, made, gated, partial, parts, out,

@@ -184,33 +184,33 @@ def _store_strip(
 
 
 @gluon.jit
-def _project(slots, ring, slot, phase, p_words, row, M, half: gl.constexpr, S: gl.constexpr):
-    """P and the logits of a half of a row block, from `row` on; the next slot and its phase."""
+def _blocks_of(slots, slot, half: gl.constexpr, S: gl.constexpr):
+    """A maker's blocks in a slot: of x, of its rows of `side` and, if ROUTER, of the mixer's."""
+    b_x = slots.ms.index(slot * (S.SLOT_N // (S.BLOCK_M * S.DEPTH)))
+    b_x = b_x.slice(half * S.HALF_M, S.HALF_M, dim=0)
+    b_side = slots.ns.index(slot * (S.SLOT_M // (S.WIDTH * S.DEPTH))).permute((1, 0))
+    if S.ROUTER:
+        b_router = slots.gs.index((2 * slot + 1) * (S.SLOT_N // 2 // (S.HEAD * S.DEPTH)))
+        return b_x, b_side, b_router.permute((1, 0))
+    else:
+        return b_x, b_side, b_side
+
+
+@gluon.jit
+def _project(slots, ring, slot, phase, half: gl.constexpr, S: gl.constexpr):
+    """P and the logits of a half of a row block; the next slot and its phase."""
     thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
     mixer: gl.constexpr = product_layout(S.LOGITS, gl.num_warps())
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=thin, k_width=2)
     low = warpgroup_mma_init(gl.zeros((S.HALF_M, S.WIDTH), gl.float32, layout=thin))
     parts = warpgroup_mma_init(gl.zeros((S.HALF_M, S.LOGITS), gl.float32, layout=mixer))
-    o_row = row + gl.arange(0, S.HALF_M, layout=gl.SliceLayout(1, left))
     last = slot + 0
-    if S.DROPOUT:
-        words = words_of(p_words, o_row, 0, M, S.WORDS, S.DEPTH, left)
     for k in range(0, S.K, S.DEPTH):
         mbarrier.wait(ring.ready.index(slot), phase)
-        b_x = slots.ms.index(slot * (S.SLOT_N // (S.BLOCK_M * S.DEPTH)))
-        b_x = b_x.slice(half * S.HALF_M, S.HALF_M, dim=0)
-        b_side = slots.ns.index(slot * (S.SLOT_M // (S.WIDTH * S.DEPTH))).permute((1, 0))
+        b_x, b_side, b_router = _blocks_of(slots, slot, half, S)
         if S.ROUTER:
-            b_router = slots.gs.index((2 * slot + 1) * (S.SLOT_N // 2 // (S.HEAD * S.DEPTH)))
-            parts = warpgroup_mma(b_x, b_router.permute((1, 0)), parts, is_async=True)
-        if S.DROPOUT:
-            b_kept = dropped(b_x.load(left), words, S.DEPTH, left)
-            words = words_of(p_words, o_row, k + S.DEPTH, M, S.WORDS, S.DEPTH, left)
-            low = warpgroup_mma(b_kept, b_side, low, is_async=True)
-            made, found, _ = warpgroup_mma_wait(0, deps=(low, parts, b_kept))
-        else:
-            low = warpgroup_mma(b_x, b_side, low, is_async=True)
-            made, found = warpgroup_mma_wait(1 + S.ROUTER, deps=(low, parts))
+            parts = warpgroup_mma(b_x, b_router, parts, is_async=True)
+        low = warpgroup_mma(b_x, b_side, low, is_async=True)
+        made, found = warpgroup_mma_wait(1 + S.ROUTER, deps=(low, parts))
         low = warpgroup_mma_init(made)
         parts = warpgroup_mma_init(found)
         mbarrier.arrive(ring.empty.index(last), count=1, pred=k > 0)
@@ -218,6 +218,49 @@ def _project(slots, ring, slot, phase, p_words, row, M, half: gl.constexpr, S: g
         slot, phase = advance(slot, phase, S.STAGES)
     b_low, b_parts = warpgroup_mma_wait(0, deps=(low, parts))
     mbarrier.arrive(ring.empty.index(last), count=1)
+    return b_low, b_parts, slot, phase
+
+
+@gluon.jit
+def _project_kept(slots, ring, slot, phase, p_words, row, M, half: gl.constexpr, S: gl.constexpr):
+    """`_project` under dropout, of rows from `row` on: P of the kept elements, in registers.
+
+    The next block is masked while the products of the one before are under way.
+    """
+    thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
+    mixer: gl.constexpr = product_layout(S.LOGITS, gl.num_warps())
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=thin, k_width=2)
+    low = warpgroup_mma_init(gl.zeros((S.HALF_M, S.WIDTH), gl.float32, layout=thin))
+    parts = warpgroup_mma_init(gl.zeros((S.HALF_M, S.LOGITS), gl.float32, layout=mixer))
+    o_row = row + gl.arange(0, S.HALF_M, layout=gl.SliceLayout(1, left))
+    words = words_of(p_words, o_row, 0, M, S.WORDS, S.DEPTH, left)
+    mbarrier.wait(ring.ready.index(slot), phase)
+    b_x, b_side, b_router = _blocks_of(slots, slot, half, S)
+    b_kept = dropped(b_x.load(left), words, S.DEPTH, left)
+    words = words_of(p_words, o_row, S.DEPTH, M, S.WORDS, S.DEPTH, left)
+    for k in range(S.DEPTH, S.K, S.DEPTH):
+        b_x, b_side, b_router = _blocks_of(slots, slot, half, S)
+        if S.ROUTER:
+            parts = warpgroup_mma(b_x, b_router, parts, is_async=True)
+        low = warpgroup_mma(b_kept, b_side, low, is_async=True)
+        last = slot + 0
+        slot, phase = advance(slot, phase, S.STAGES)
+        mbarrier.wait(ring.ready.index(slot), phase)
+        b_x, b_side, b_router = _blocks_of(slots, slot, half, S)
+        b_next = dropped(b_x.load(left), words, S.DEPTH, left)
+        words = words_of(p_words, o_row, k + S.DEPTH, M, S.WORDS, S.DEPTH, left)
+        made, found, _ = warpgroup_mma_wait(0, deps=(low, parts, b_kept))
+        mbarrier.arrive(ring.empty.index(last), count=1)
+        low = warpgroup_mma_init(made)
+        parts = warpgroup_mma_init(found)
+        b_kept = gl.convert_layout(b_next, left)
+    b_x, b_side, b_router = _blocks_of(slots, slot, half, S)
+    if S.ROUTER:
+        parts = warpgroup_mma(b_x, b_router, parts, is_async=True)
+    low = warpgroup_mma(b_kept, b_side, low, is_async=True)
+    b_low, b_parts, _ = warpgroup_mma_wait(0, deps=(low, parts, b_kept))
+    mbarrier.arrive(ring.empty.index(slot), count=1)
+    slot, phase = advance(slot, phase, S.STAGES)
     return b_low, b_parts, slot, phase
 
 
@@ -250,9 +293,12 @@ def _consume(
             tile_m = before // S.MAKERS
             part = before % S.MAKERS
             row = tile_m * S.BLOCK_M + half * S.HALF_M
-            b_low, b_parts, slot, phase = _project(
-                slots, ring, slot, phase, p_words, row, M, half, S
-            )
+            if S.DROPOUT:
+                b_low, b_parts, slot, phase = _project_kept(
+                    slots, ring, slot, phase, p_words, row, M, half, S
+                )
+            else:
+                b_low, b_parts, slot, phase = _project(slots, ring, slot, phase, half, S)
             logits = b_parts if S.ROUTER else b_low
             flag = counts + FLAGS + tile_m
             _store_strip(

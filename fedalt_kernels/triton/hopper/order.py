@@ -10,7 +10,7 @@ import triton
 from .shapes import BLOCK_M, COLUMNS, GROUP_M, Backward, Forward
 
 CHUNK = 2048  # rows of an item of the sums over tokens
-COPIED = 90_000  # bytes that one program copies in a microsecond
+COPIED = 70_000  # bytes that one program copies in a microsecond
 MULTIPLIED = 5_900_000  # multiplications and additions in a microsecond
 
 
@@ -49,7 +49,7 @@ def order_of(m: int, programs: int, shape: Backward) -> dict[str, int]:
     free_us = (-tiles % programs) * tile_us(shape.N) - makers * maker_us(shape.N, shape.WIDTH)
     sum_us = 2 * min(m, CHUNK) * (COLUMNS + shape.MOST) / COPIED
     late = max(programs, int(free_us / sum_us))  # that fill the last wave
-    room = makers + tiles - start
-    early = max(0, min(sums - late, room))
-    gap = room // early if early else 1
-    return dict(slack=slack, start=start, gap=gap, early=early, chunk=CHUNK, shares=shares)
+    waves = max(0, makers + tiles - start) // programs
+    early = max(0, sums - late) if waves else 0
+    block = triton.cdiv(early, waves) if early else 1
+    return dict(slack=slack, start=start, block=block, early=early, chunk=CHUNK, shares=shares)

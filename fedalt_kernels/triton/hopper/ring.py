@@ -110,18 +110,21 @@ def is_maker(item, makers, slack):
 
 
 @gluon.jit
-def is_sum(item, others, start, gap, early):
+def is_sum(item, others, start, block, early):
     """Whether an item is a sum over tokens, and its index among those or among the others.
 
-    `early` sums come one after every `gap` others from `start` on, the rest at the end.
+    From `start` on, `block` sums come before every wave of others until `early` have; the rest
+    comes at the end.  So a wave's first programs, which then come last, take one each.
     """
+    wave = gl.num_programs(0) + block
     ahead = item - start
-    turn = ahead // (gap + 1)
-    passed = gl.where(ahead < 0, 0, min(early, turn + 1))
-    inserted = (ahead >= 0) & (ahead % (gap + 1) == 0) & (turn < early)
+    within = ahead % wave
+    count = ahead // wave * block + min(within, block)
+    inserted = (ahead >= 0) & (within < block) & (count < early)
+    passed = gl.where(ahead < 0, 0, min(count, early))
     late = item - passed >= others
     index = gl.where(late, item - others, item - passed)
-    return inserted | late, gl.where(inserted, turn, index)
+    return inserted | late, gl.where(inserted, count, index)
 
 
 @gluon.jit
