@@ -63,12 +63,8 @@ def forget_scaling(patch: pytest.MonkeyPatch) -> None:
 
 
 def mirror_mask(patch: pytest.MonkeyPatch) -> None:
-    mask_bytes = merged.mask_bytes
-    patch.setattr(
-        merged,
-        "mask_bytes",
-        lambda *arguments: (block.flip(1) for block in mask_bytes(*arguments)),
-    )
+    keep_rows = merged.keep_rows
+    patch.setattr(merged, "keep_rows", lambda *arguments: keep_rows(*arguments).flip(1))
 
 
 def drop_softmax_mean(patch: pytest.MonkeyPatch) -> None:
