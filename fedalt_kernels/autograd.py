@@ -30,7 +30,7 @@ size [M, N], no dropped copy of x and no mask.  Of a quantized W only its packed
 it is dequantized again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -62,11 +62,11 @@ class MixedLoRA(torch.autograd.Function):
     def forward(ctx: Any, call: Call, x: Tensor, mixer: Tensor | None, *factors: Tensor) -> Tensor:
         weight, seed = call.weight, call.seed
         ctx.constants = call.constants
-        y, low, gates, *more = _forward(call, x, mixer, factors)
+        y, (low, gates, *more) = _forward(call, x, mixer, factors)
         base = (weight,) if isinstance(weight, Tensor) else weight.tensors
         ctx.save_for_backward(x, low, gates, mixer, seed, *factors, *base, *more)
         ctx.base_end = len(factors) + len(base)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,36 +75,36 @@ class MixedLoRA(torch.autograd.Function):
         x, low, gates, mixer, seed, factors, base, more = _saved(ctx)
         branches = _branches(ctx.constants, mixer, seed, factors)
         needs = ctx.needs_input_grad[1:]
-        rows, drows = rows_of(x), dy.reshape(-1, base.shape[0]).contiguous()
         _, backward = _implementation(ctx.constants[0])
-        with _without_autocast(x.device.type):
-            found = _undifferentiated(
-                backward, drows, rows, base, low, gates, branches, needs, *more
-            )
-        grads = iter(found)
-        dx, *others = [next(grads) if need else None for need in needs]
-        return None, None if dx is None else dx.view(x.shape), *others
+        with _without_autocast(x.device.type), _undifferentiated():
+            drows = dy.reshape(-1, base.shape[0]).contiguous()
+            grads = iter(backward(drows, rows_of(x), base, low, gates, branches, needs, *more))
+            dx, *others = [next(grads) if need else None for need in needs]
+            return None, None if dx is None else dx.view(x.shape), *others
 
 
 # PyTorch's own `apply` in C; the one in Python looks for what only torch.func's transforms leave.
 _apply = super(torch.autograd.Function, MixedLoRA).apply
 
 
-def _forward(call: Call, x: Tensor, mixer: Tensor | None, factors: Factors) -> Sequence[Any]:
-    """What the implementation returns: y [M, N], P, the gates, and what its backward can use."""
+def _forward(
+    call: Call, x: Tensor, mixer: Tensor | None, factors: Factors
+) -> tuple[Tensor, Sequence[Any]]:
+    """y, and what the implementation returns beside it: P, the gates, what its backward can use."""
     constants, weight, bias, seed, strip = call
     forward, _ = _implementation(constants[0])
     branches = _branches(constants, mixer, seed, factors)
     made = () if strip is None else (strip,)
-    return _undifferentiated(forward, rows_of(x), weight, bias, branches, *made)
+    with _undifferentiated():
+        y, *rest = forward(rows_of(x), weight, bias, branches, *made)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), rest
 
 
-def _undifferentiated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls what has a derivative of its own, so that no operation in it asks autograd for one."""
+def _undifferentiated() -> AbstractContextManager[Any]:
+    """Where no operation asks for its derivative, since the whole has one of its own."""
     if torch.compiler.is_compiling():
-        return function(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return function(*arguments)
+        return nullcontext()
+    return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -194,5 +194,5 @@ def mixed_lora(
         return MixedLoRA.apply(call, x, learned, *factors)
     if torch.is_grad_enabled():
         return _apply(call, x, learned, *factors)
-    y, *_ = _forward(call, x, learned, factors)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    y, _ = _forward(call, x, learned, factors)
+    return y

@@ -115,7 +115,7 @@ def _add_plain(
         return []
     sizes = [row.shape[0] for row in rows]
     wanted = _columns(strip, sizes, needs_rows).t() @ x  # [wanted, M] [M, K]
-    return _pieces(wanted, rows, needs_rows, branches.scaling)
+    return _pieces(wanted, sizes, rows, needs_rows, branches.scaling)
 
 
 def _add_dropped(
@@ -134,7 +134,8 @@ def _add_dropped(
             _add_gate_gradient(dx, dlogits, branches.mixer, branches.scaling)
         if needs_mixer:
             wanted = dlogits.t() @ x  # [E, M] [M, K]
-            grads += _pieces(wanted, [branches.mixer], [True], branches.scaling)
+            mixer = branches.mixer
+            grads += _pieces(wanted, [mixer.shape[0]], [mixer], [True], branches.scaling)
     down = _joined(branches.downs, 0, x.dtype)
     picked = _columns(dlow, _ranks(branches), needs_downs) if any(needs_downs) else None
     total = None
@@ -146,7 +147,8 @@ def _add_dropped(
             part = picks.t() @ keep.mul_(block)  # [wanted, m] [m, K]
             total = _cast(part, _wide(x.dtype)) if total is None else total.add_(part)
     if total is not None:
-        grads += _pieces(total, branches.downs, needs_downs, branches.scaling)
+        downs = branches.downs
+        grads += _pieces(total, _ranks(branches), downs, needs_downs, branches.scaling)
     return grads
 
 
@@ -165,35 +167,35 @@ def _up_gradients(
 ) -> list[Tensor]:
     """dB_e of the wanted adapters, from one product of their gated P with dY."""
     parts = []
-    start = 0
-    for e, rank in enumerate(_ranks(branches)):
+    ranks = _ranks(branches)
+    for e, rank in enumerate(ranks):
         if needs_ups[e]:
+            start = sum(ranks[:e])
             part = low[:, start : start + rank]
             if gates is not None:
                 part = _cast(part * gates[:, e : e + 1], low.dtype)
             elif branches.weights is not None:
                 part = part * branches.weights[e]
             parts.append(part)
-        start += rank
     gated = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     wanted = gated.t() @ dy  # [wanted, M] [M, N]; the other orientation is ten times slower
-    shapes = [b.t() for b in branches.ups]
-    return [piece.t() for piece in _pieces(wanted, shapes, needs_ups, branches.scaling)]
+    pieces = _pieces(wanted, ranks, branches.ups, needs_ups, branches.scaling)
+    return [piece.t() for piece in pieces]
 
 
 def _pieces(
-    wanted: Tensor, like: Sequence[Tensor], needs: Sequence[bool], scaling: float
+    wanted: Tensor,
+    sizes: Sequence[int],
+    like: Sequence[Tensor],
+    needs: Sequence[bool],
+    scaling: float,
 ) -> list[Tensor]:
-    """Scales merged rows and cuts them into the gradients of the needed ones of `like`."""
+    """Scales merged rows and cuts them into those of the needed ones, in the dtypes of `like`."""
     scaled = _cast(wanted, _wide(wanted.dtype)).mul_(scaling)
-    grads = []
-    start = 0
-    for owner, need in zip(like, needs, strict=True):
-        if need:
-            rows = owner.shape[0]
-            grads.append(_cast(scaled[start : start + rows], owner.dtype))
-            start += rows
-    return grads
+    rows = [size for size, need in zip(sizes, needs, strict=True) if need]
+    dtypes = [owner.dtype for owner, need in zip(like, needs, strict=True) if need]
+    parts = scaled.split_with_sizes(rows) if len(rows) > 1 else (scaled,)
+    return [_cast(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
 
 
 def _columns(merged: Tensor, sizes: Sequence[int], needs: Sequence[bool]) -> Tensor:

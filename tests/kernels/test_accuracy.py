@@ -57,9 +57,7 @@ def swap_gates(patch: pytest.MonkeyPatch) -> None:
 
 def forget_scaling(patch: pytest.MonkeyPatch) -> None:
     pieces = merged._pieces
-    patch.setattr(
-        merged, "_pieces", lambda rows, like, needs, scaling: pieces(rows, like, needs, 1.0)
-    )
+    patch.setattr(merged, "_pieces", lambda *arguments: pieces(*arguments[:-1], 1.0))
 
 
 def mirror_mask(patch: pytest.MonkeyPatch) -> None:
