@@ -129,19 +129,18 @@ def _add_dropped(
     """`_add_plain` with the mask between x and the adapters, made again block by block."""
     grads: list[Tensor] = []
     needs_mixer, needs_downs = needs_rows[0], needs_rows[1:]
-    if dlogits is not None and branches.mixer is not None:
-        if dx is not None:
-            _add_gate_gradient(dx, dlogits, branches.mixer, branches.scaling)
-        if needs_mixer:
-            wanted = dlogits.t() @ x  # [E, M] [M, K]
-            mixer = branches.mixer
-            grads += _pieces(wanted, [mixer.shape[0]], [mixer], [True], branches.scaling)
+    mixer = branches.mixer
+    if dlogits is not None and mixer is not None and needs_mixer:
+        wanted = dlogits.t() @ x  # [E, M] [M, K]
+        grads += _pieces(wanted, [mixer.shape[0]], [mixer], [True], branches.scaling)
     down = _joined(branches.downs, 0, x.dtype)
     picked = _columns(dlow, _ranks(branches), needs_downs) if any(needs_downs) else None
     total = None
-    for first, (block, dblock, dlows, picks) in _blocks(x, dx, dlow, picked):
+    for first, (block, dblock, dlows, dgates, picks) in _blocks(x, dx, dlow, dlogits, picked):
         keep = _mask(block, first, branches)
         if dblock is not None:
+            if dgates is not None and mixer is not None:
+                _add_gate_gradient(dblock, dgates, mixer, branches.scaling)
             dblock.addcmul_(dlows @ down, keep, value=branches.scaling)  # [m, R] [R, K]
         if picks is not None:
             part = picks.t() @ keep.mul_(block)  # [wanted, m] [m, K]
