@@ -40,6 +40,7 @@ from torch import Tensor
 from . import operators
 from .adapter import Adapter, Branches, Factors, rows_of
 from .choice import plain
+from .dispatch import undifferentiated
 from .dropout import keep_scale
 from .quantized import QuantizedWeight
 from .reference import reference
@@ -76,7 +77,7 @@ class MixedLoRA(torch.autograd.Function):
         branches = _branches(ctx.constants, mixer, seed, factors)
         needs = ctx.needs_input_grad[1:]
         _, backward = _implementation(ctx.constants[0])
-        with _without_autocast(x.device.type), _undifferentiated():
+        with _without_autocast(x.device.type), undifferentiated():
             drows = dy.reshape(-1, base.shape[0]).contiguous()
             grads = iter(backward(drows, rows_of(x), base, low, gates, branches, needs, *more))
             dx, *others = [next(grads) if need else None for need in needs]
@@ -95,16 +96,9 @@ def _forward(
     forward, _ = _implementation(constants[0])
     branches = _branches(constants, mixer, seed, factors)
     made = () if strip is None else (strip,)
-    with _undifferentiated():
+    with undifferentiated():
         y, *rest = forward(rows_of(x), weight, bias, branches, *made)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), rest
-
-
-def _undifferentiated() -> AbstractContextManager[Any]:
-    """Where no operation asks for its derivative, since the whole has one of its own."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
