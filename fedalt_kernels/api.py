@@ -58,8 +58,8 @@ def mixed_lora_linear(
             generator of x's device.  Ignored without dropout.
         impl: "triton" (fused kernels), "torch" (merged matrix products), "reference" (slow and
             simple), or "auto": "triton" on a GPU that runs it, else "torch".
-        schedule: with impl="triton", "decode", "recompute", "overlapped", "split" or "expand", see
-            `fedalt_kernels.fused`; None chooses by shape and device.
+        schedule: with impl="triton", "decode", "recompute", "overlapped", "split", "expand" or
+            "hopper", see `fedalt_kernels.fused`; None chooses by shape and device.
         strip: with the seed it was made for, what `sharing.SharedInput` has made of x already.
 
     Returns:

@@ -18,6 +18,7 @@ from .quantized import KINDS, QuantizedWeight
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 SCHEDULES = ("decode", "recompute", "overlapped", "split", "expand")
+HOPPER = "hopper"  # the schedule of sm_90's own kernels
 MOST_ADAPTERS = 8
 PLAIN = ("FalconLinear",)  # of nn.Linear, with another forward that computes the same
 
@@ -94,10 +95,10 @@ def check_arguments(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if schedule is not None and (impl != "triton" or schedule not in SCHEDULES):
+    if schedule is not None and (impl != "triton" or schedule not in (*SCHEDULES, HOPPER)):
         raise ValueError(
-            f"schedule must be one of {', '.join(SCHEDULES)}, and comes with impl='triton', "
-            f"got {schedule!r} with {impl!r}"
+            f"schedule must be one of {', '.join((*SCHEDULES, HOPPER))}, and comes with "
+            f"impl='triton', got {schedule!r} with {impl!r}"
         )
 
 

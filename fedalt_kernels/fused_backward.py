@@ -14,7 +14,7 @@ from triton import cdiv, next_power_of_2
 from .adapter import Branches
 from .fused_forward import fixed_weights, ranks_of
 from .quantized import QuantizedWeight
-from .triton import tiles
+from .triton import hopper, tiles
 from .triton.backward import spreading
 from .triton.contract import contracting
 from .triton.dropout import masking
@@ -44,10 +44,13 @@ def plan_backward(
     if downs is None and needs_mixer:
         downs = Span(0, ranks.block, 0)
     like = outline(base, x.dtype)
+    shape = hopper.backward_shape(like, branches, needs)
+    if needs_x and hopper.serves_backward(dy, x, like, branches, shape):
+        return _plan_hopper(dy, x, like, branches, shape, needs, dtype)
     joint = ups if downs is not None and _is_joint(ups, ranks) else None
 
     schedule = branches.schedule
-    if schedule is None or tiles.unserved(schedule, dy, ranks, dropout, backward=True):
+    if schedule in (None, "hopper") or tiles.unserved(schedule, dy, ranks, dropout, backward=True):
         schedule = tiles.backward_schedule(dy, like, ranks, dropout)
     overlapped, expand = needs_x and schedule == "overlapped", schedule == "expand"
     overlap = spread = contract = reduce_down = reduce_up = pack = mask = None
@@ -105,7 +108,7 @@ def plan_backward(
         flat: Any = None
         weight: Any = matrix(base, x.dtype) if needs_x else None
         mixer: Any = None if branches.mixer is None else branches.mixer.contiguous()
-        if pack and up is None:
+        if pack and (up is None or up.dim() == 2):  # kept by Hopper's kernels
             down, _, up = pack(x, (branches,)).of(0)
         if mask:
             words = mask(branches.seed)  # type: ignore[arg-type]
@@ -134,6 +137,52 @@ def plan_backward(
         return grads
 
     return run
+
+
+def _plan_hopper(
+    dy: Tensor,
+    x: Tensor,
+    like: Tensor,
+    branches: Branches,
+    shape: Any,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> Callable[..., list[Tensor]]:
+    mix = hopper.mixing_backward(dy, x, like, branches, shape, fixed_weights(branches), dtype)
+    wanted = [e for e, need in enumerate(needs[2:]) if need]
+    count, edges, (n, k) = shape.E, shape.EDGES, like.shape
+    above, below = k * count * shape.MIXER, k * shape.BELOW
+
+    def run(
+        dy: Tensor,
+        x: Tensor,
+        base: Any,
+        low: Tensor,
+        gates: Tensor | None,
+        branches: Branches,
+        side: Any,
+        up: Any,
+    ) -> list[Tensor]:
+        weight = matrix(base, x.dtype)
+        dx, out = mix(dy, x, weight, low, gates, branches, side, up)
+        grads = [dx]
+        if shape.MIXER:
+            grads.append(_cut(out, 0, branches.mixer))
+        for e in wanted:
+            if e < count:
+                start = above + k * (edges[e] - shape.DOWNS[0])
+                grads.append(_cut(out, start, branches.downs[e]))
+            else:
+                start = below + n * (edges[e - count] - shape.UPS[0])
+                grads.append(_cut(out, start, branches.ups[e - count]))
+        return grads
+
+    return run
+
+
+def _cut(out: Any, start: int, like: Any) -> Tensor:
+    """The gradient of a parameter, which begins there."""
+    return out[start : start + like.numel()].view(like.shape).to(like.dtype)
 
 
 def _gradient_dtype(branches: Branches, needs: Sequence[bool]) -> torch.dtype:

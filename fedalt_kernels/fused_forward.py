@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .adapter import Branches
 from .quantized import QuantizedWeight
-from .triton import tiles
+from .triton import hopper, tiles
 from .triton.contract import contracting
 from .triton.decode import decoding
 from .triton.forward import projecting, recomputing
@@ -34,8 +34,8 @@ class Forward(NamedTuple):
     y: Tensor  # [M, N]
     low: Tensor  # P [M, R], dtype of x
     gates: Tensor | None  # [M, E]
-    down: Tensor | None = None  # [RANKS, K], flat
-    up: Tensor | None = None  # [N, RANKS], flat
+    down: Tensor | None = None  # [RANKS, K], flat; of Hopper's kernels `side` [HEAD + R, K]
+    up: Tensor | None = None  # [N, RANKS], flat; of theirs [N, R]
 
 
 def plan_forward(
@@ -48,7 +48,9 @@ def plan_forward(
     ranks, weights = ranks_of(branches, x.dtype), fixed_weights(branches)
     gated, threshold, schedule = branches.mixer is not None, branches.threshold, branches.schedule
     like = outline(weight, x.dtype)
-    if schedule is None:
+    if not has_strip and hopper.serves_forward(x, like, branches):
+        return _plan_hopper(x, like, bias, branches, weights)
+    if schedule is None or schedule == "hopper":
         schedule = tiles.forward_schedule(x, like, ranks, threshold > 0)
     elif reason := tiles.unserved(schedule, x, ranks, threshold > 0):
         raise RuntimeError(f"schedule {schedule!r} cannot serve this call: {reason}")
@@ -89,6 +91,17 @@ def plan_forward(
         base = _near(x) @ weight.t() if expand else None  # [M, K] [K, N]
         y = contract(x, weight, made.gated, made.up, bias=_tidy(bias), base=base)
         return Forward(y, made.low, made.gates, made.down, made.up)
+
+    return run
+
+
+def _plan_hopper(
+    x: Tensor, like: Tensor, bias: bool, branches: Branches, weights: Sequence[float]
+) -> Callable[..., Forward]:
+    mix = hopper.mixing(x, like, bias, branches, weights)
+
+    def run(x: Tensor, weight: Any, bias: Tensor | None, branches: Branches, strip: Any) -> Forward:
+        return Forward(*mix(x, matrix(weight, x.dtype), _tidy(bias), branches))
 
     return run
 

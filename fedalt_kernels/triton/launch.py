@@ -20,11 +20,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 KNOWN = ("3.6", "3.7")
 MOST_MAPS = 256  # of one argument: weights stay, and memory of the rest is given out again
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HOOKS = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
 
 
@@ -88,6 +92,9 @@ class Launch:
         if box is None or tensor is None:
             return tensor
         height, width, stride, block = box
+        if isinstance(self.kernel, GluonJITFunction):
+            layout = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[tensor.dtype])
+            return GluonDescriptor(tensor, [height, width], [stride, 1], list(block), layout)
         return TensorDescriptor(tensor, [height, width], [stride, 1], list(block))
 
 

@@ -1,0 +1,278 @@
+"""Sizes and flags of Hopper's kernels, all known when a kernel is compiled.
+
+`side` [HEAD + R, K] holds the mixer's rows, see `gates`, and A of all adapters below them.  In the
+forward few ranks and the mixer are one block of columns for the makers of the strip; else every
+maker has WIDTH of the ranks, and the mixer's rows in a product of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.language import constexpr
+
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
+GROUP_M = 8
+COLUMNS = 128  # of x or dY in an item of the sums over tokens
+SLOT_M, SLOT_N = BLOCK_M * BLOCK_K, BLOCK_N * BLOCK_K  # elements of a slot's two parts
+WIDEST = 64  # columns of a maker, and of a step of the strip
+MOST_RANKS = 256
+MOST_SUMMED = 256  # columns of a sum over tokens
+CHUNK = 1024  # rows of an item of the sums over tokens
+
+
+def columns(count: int) -> int:
+    """As many columns as a block of `count` has: a power of two, of at least 16."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def head_of(adapters: int, gated: bool) -> int:
+    """Rows of `side` before those of A."""
+    return columns(3 * adapters) if gated else 0
+
+
+def rounded_up(count: int, unit: int = 8) -> int:
+    """The stride of rows of `count` elements, of which TMA wants a multiple of 16 bytes."""
+    return -(-count // unit) * unit
+
+
+class Constants:
+    """A shape as kernels take it, every attribute a constexpr."""
+
+    def __init__(self, shape: "Forward | Backward") -> None:
+        self._shape = shape
+
+    def __getattr__(self, name: str) -> Any:
+        return constexpr(getattr(self._shape, name))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constants) and self._shape == other._shape
+
+    def __hash__(self) -> int:
+        return hash(self._shape)
+
+    def __repr__(self) -> str:
+        return repr(self._shape)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Of `forward`: y [M, N] of x [M, K]."""
+
+    N: int
+    K: int
+    EDGES: tuple[int, ...]
+    GATED: bool
+    BIAS: bool
+    DROPOUT: bool
+    OUT_MAJOR: bool  # W is stored as [N, K]
+
+    BLOCK_M = BLOCK_M
+    BLOCK_N = BLOCK_N
+    BLOCK_K = BLOCK_K
+    GROUP_M = GROUP_M
+
+    @property
+    def E(self) -> int:
+        return len(self.EDGES) - 1
+
+    @property
+    def RANKS(self) -> int:
+        return self.EDGES[-1]
+
+    @property
+    def HEAD(self) -> int:
+        return head_of(self.E, self.GATED)
+
+    @property
+    def TILES_N(self) -> int:
+        return triton.cdiv(self.N, BLOCK_N)
+
+    @property
+    def OTHERS(self) -> int:
+        """Columns of tiles that make no strip."""
+        return max(1, self.TILES_N - self.MAKERS)
+
+    @property
+    def JOINED(self) -> bool:
+        """Whether one block holds the mixer's rows and all ranks."""
+        return self.GATED and not self.DROPOUT and self.HEAD + self.RANKS <= WIDEST
+
+    @property
+    def ROUTER(self) -> bool:
+        """Whether the mixer's rows are multiplied apart from the ranks."""
+        return self.GATED and not self.JOINED
+
+    @property
+    def LOGITS(self) -> int:
+        """Columns of that product."""
+        return max(16, self.HEAD)
+
+    @property
+    def SHIFT(self) -> int:
+        """The first rank's column in a maker's block."""
+        return self.HEAD if self.JOINED else 0
+
+    @property
+    def WIDTH(self) -> int:
+        return min(WIDEST, columns(self.SHIFT + self.RANKS))
+
+    @property
+    def MAKERS(self) -> int:
+        """Columns of tiles that make the strip."""
+        return 1 if self.JOINED else triton.cdiv(self.RANKS, self.WIDTH)
+
+    @property
+    def BLOCK_R(self) -> int:
+        """Ranks of a step of the strip."""
+        return min(WIDEST, columns(self.RANKS))
+
+    @property
+    def STRIDE(self) -> int:
+        """Of S and `up`."""
+        return rounded_up(self.RANKS)
+
+    @property
+    def WORDS(self) -> int:
+        """Words of a row of the mask."""
+        return triton.cdiv(self.K, 32)
+
+    @property
+    def STAGES(self) -> int:
+        return 4 if self.WIDTH <= 32 and not self.ROUTER else 3
+
+    @property
+    def PARTS(self) -> int:
+        """In how many parts a tile is stored: what the ring leaves of shared memory."""
+        return 4 if self.STAGES == 4 else 2
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Of `backward`: dX [M, K] of dY [M, N], and the sums over tokens that are wanted."""
+
+    N: int
+    K: int
+    EDGES: tuple[int, ...]
+    GATED: bool
+    MIXER: bool  # dG is wanted
+    DOWNS: tuple[int, int]  # first and end of the ranks whose dA is; (0, 0) for none
+    UPS: tuple[int, int]  # likewise dB
+    DROPOUT: bool
+    OUT_MAJOR: bool  # the rows of W as it is stored are dX's columns
+
+    BLOCK_M = BLOCK_M
+    BLOCK_N = BLOCK_N
+    BLOCK_K = BLOCK_K
+    GROUP_M = GROUP_M
+    COLUMNS = COLUMNS
+    SLOT_M = SLOT_M
+    SLOT_N = SLOT_N
+
+    @property
+    def E(self) -> int:
+        return len(self.EDGES) - 1
+
+    @property
+    def RANKS(self) -> int:
+        return self.EDGES[-1]
+
+    @property
+    def HEAD(self) -> int:
+        return head_of(self.E, self.GATED)
+
+    @property
+    def LOGITS(self) -> int:
+        """Columns of a block of the mixer's parts."""
+        return max(16, self.HEAD)
+
+    @property
+    def SIDE(self) -> int:
+        """Columns of the strip."""
+        return self.HEAD + self.RANKS
+
+    @property
+    def TILES_N(self) -> int:
+        return triton.cdiv(self.K, BLOCK_N)
+
+    @property
+    def WIDTH(self) -> int:
+        """Ranks of a maker: fewer where many adapters' gates want registers too."""
+        return min(WIDEST if self.E <= 4 else WIDEST // 2, columns(self.RANKS))
+
+    @property
+    def MAKERS(self) -> int:
+        return triton.cdiv(self.RANKS, self.WIDTH)
+
+    @property
+    def OTHERS(self) -> int:
+        """Columns of tiles that make no strip."""
+        return max(1, self.TILES_N - self.MAKERS)
+
+    @property
+    def COUNT(self) -> int:
+        """How often a row block is announced."""
+        return 1 if self.GATED else self.MAKERS
+
+    @property
+    def BLOCK_S(self) -> int:
+        """Columns of a step of the strip."""
+        return min(WIDEST, columns(self.SIDE))
+
+    @property
+    def STRIDE(self) -> int:
+        """Of the strip."""
+        return rounded_up(self.SIDE)
+
+    @property
+    def STRIDE_UP(self) -> int:
+        """Of S, of the ranks whose dB is wanted."""
+        return rounded_up(max(1, self.UPS[1] - self.UPS[0]))
+
+    @property
+    def WIDTH_X(self) -> int:
+        """Columns of the strip in a sum over x: all up to the last one wanted; 0 for no sum."""
+        return columns(self.HEAD + self.DOWNS[1]) if self.MIXER or self.DOWNS[1] else 0
+
+    @property
+    def WIDTH_Y(self) -> int:
+        return columns(self.UPS[1] - self.UPS[0]) if self.UPS[1] else 0
+
+    @property
+    def ROWS_X(self) -> int:
+        """Rows of a step of a sum over x, whose columns of the strip fill at most a slot's part."""
+        return min(SLOT_N // COLUMNS, SLOT_M // max(1, self.WIDTH_X))
+
+    @property
+    def ROWS_Y(self) -> int:
+        return min(SLOT_N // COLUMNS, SLOT_M // max(1, self.WIDTH_Y))
+
+    @property
+    def PIECES_X(self) -> int:
+        return triton.cdiv(self.K, COLUMNS) if self.WIDTH_X else 0
+
+    @property
+    def PIECES(self) -> int:
+        """Sums over tokens, each of 128 columns of x or of dY."""
+        return self.PIECES_X + (triton.cdiv(self.N, COLUMNS) if self.WIDTH_Y else 0)
+
+    @property
+    def MOST(self) -> int:
+        return max(self.WIDTH_X, self.WIDTH_Y)
+
+    @property
+    def BELOW(self) -> int:
+        """Rows [K] of `out` before dB: dG and dA."""
+        return self.E * self.MIXER + self.DOWNS[1] - self.DOWNS[0]
+
+    @property
+    def WORDS(self) -> int:
+        return triton.cdiv(self.K, 32)
+
+    @property
+    def STAGES(self) -> int:
+        return 4 if self.WIDTH <= 32 else 3
+
+    @property
+    def PARTS(self) -> int:
+        return 4 if self.STAGES == 4 or self.DROPOUT else 2
