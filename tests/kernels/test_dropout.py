@@ -1,6 +1,7 @@
 """The mask: its bits by an independent generator, its statistics, and where it is applied."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -58,6 +59,16 @@ def test_blocks_make_the_same_bytes(block_rows: int) -> None:
         rows = min(block_rows, 64 - first)
         got = dropout.mask_bytes(SEED, first, rows, 70)
         assert np.array_equal(got, whole[first : first + rows])
+
+
+def test_threads_do_not_disturb_each_others_bytes() -> None:
+    """Each has a generator of its own, which lasts as long as the thread."""
+    seeds = [SEED, SEED + 1] * 20
+    expected = {seed: dropout.mask_bytes(seed, 3, 200, 300) for seed in seeds}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: dropout.mask_bytes(seed, 3, 200, 300), seeds))
+    for seed, got in zip(seeds, found, strict=True):
+        assert np.array_equal(got, expected[seed])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
