@@ -1,10 +1,10 @@
 """Backward in one launch: dX, dP, dl, then dA, dG and dB.
 
-dX as y in `forward`: the tiles of its first columns make the strip, beside dY W they multiply the
-block of dY in shared memory with `up`, T = dY up, and from that, P and the gates come dP and dl.
+As in `forward`, the first items make the strip: T = dY up, and from that, P and the gates dP and dl.
 strip [M, SIDE] is [dl's parts | dP], and `side` [SIDE, K] the mixer's rows and A:
 dX = dY W + strip · side, the last step of every tile.  Under dropout dP's share of it is made in
-quarters of a tile, masked, and added.  The sums over tokens, `sums`, are the last items.
+quarters of a tile, masked, and added.  The sums over tokens, `sums`, are items too: as many at the
+end as fill the last wave of tiles, the others between the tiles before.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
     warpgroup_mma,
     warpgroup_mma_init,
-    warpgroup_mma_wait,
 )
 
 from .blocks import dropped, halves, product_layout, store_part, store_tile, words_of
@@ -26,15 +25,19 @@ from .gates import owned_gate
 from .ring import (
     advance,
     await_item,
+    contract,
     finish,
     hand_over,
+    is_maker,
+    is_sum,
     leave_clean,
     make_ring,
     multiply,
-    place,
+    parts_of,
     publish,
+    slot_memory,
     take,
-    turned,
+    tile_at,
     wait_for,
 )
 from .sums import produce_sum, sum_downs, sum_ups
@@ -44,50 +47,51 @@ FLAGS = gl.constexpr(3)
 
 
 class Slots(NamedTuple):
-    """Shared memory by slot."""
+    """Shared memory by slot: of a step of a tile, of its last steps, of a maker's step, of sums."""
 
     xs: Any  # of dY
     ws: Any  # of W
-    ns: Any  # of `up`, a maker's ranks
-    ss: Any  # of the strip, where dY is in other steps
+    ss: Any  # of the strip, where dY is
     us: Any  # of `side`, where W is
-
-
-class Sums(NamedTuple):
-    """Shared memory by slot in a sum over tokens, in the places of dY and W."""
-
-    cx: Any  # of x
-    fx: Any  # of the strip
-    cy: Any  # of dY
-    fy: Any  # of S
+    ms: Any  # of dY, where W is
+    ns: Any  # of `up`, where dY is
+    cx: Any  # of x, where W is
+    fx: Any  # of the strip, where dY is
+    cy: Any  # of dY, where W is
+    fy: Any  # of S, where dY is
 
 
 @gluon.jit
-def _produce_tile(dy, weight, up, strip, side, slots, ring, counts, slot, phase, item, tiles_m,
-                  S: gl.constexpr):  # fmt: skip
-    tile_m, tile_n, makes = place(item, tiles_m, S)
-    row = tile_m * S.BLOCK_M
-    column = tile_n * S.BLOCK_N
+def _produce_strip(dy_rows, up, slots, ring, slot, phase, row, part, S: gl.constexpr):
+    for n in range(0, S.N, S.DEPTH):
+        ready = ring.ready.index(slot)
+        mbarrier.wait(ring.empty.index(slot), phase)
+        mbarrier.expect(ready, (S.BLOCK_M + S.WIDTH) * S.DEPTH * 2)
+        tma.async_copy_global_to_shared(dy_rows, [row, n], ready, slots.ms.index(slot))
+        block = slots.ns.index(slot * (S.SLOT_M // (S.WIDTH * S.DEPTH)))
+        tma.async_copy_global_to_shared(up, [n, part * S.WIDTH], ready, block)
+        slot, phase = advance(slot, phase, S.STAGES)
+    return slot, phase
+
+
+@gluon.jit
+def _produce_tile(
+    dy, weight, strip, side, slots, ring, slot, phase, flag, row, column, S: gl.constexpr
+):
     for n in range(0, S.N, S.BLOCK_K):
         ready = ring.ready.index(slot)
         mbarrier.wait(ring.empty.index(slot), phase)
-        if makes:
-            mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N + S.WIDTH) * S.BLOCK_K * 2)
-            at = tile_n * S.WIDTH
-            tma.async_copy_global_to_shared(up, [n, at], ready, slots.ns.index(slot))
-        else:
-            mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N) * S.BLOCK_K * 2)
+        mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N) * S.BLOCK_K * 2)
         tma.async_copy_global_to_shared(dy, [row, n], ready, slots.xs.index(slot))
         if S.OUT_MAJOR:
             tma.async_copy_global_to_shared(weight, [column, n], ready, slots.ws.index(slot))
         else:
             tma.async_copy_global_to_shared(weight, [n, column], ready, slots.ws.index(slot))
         slot, phase = advance(slot, phase, S.STAGES)
+    wait_for(flag, S.COUNT)
     for s in range(0, S.SIDE, S.BLOCK_S):
         ready = ring.ready.index(slot)
         mbarrier.wait(ring.empty.index(slot), phase)
-        if s == 0:
-            wait_for(counts + FLAGS + tile_m, S.COUNT)
         mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N) * S.BLOCK_S * 2)
         at = slot * (S.BLOCK_K // S.BLOCK_S)
         tma.async_copy_global_to_shared(strip, [row, s], ready, slots.ss.index(at))
@@ -100,6 +104,7 @@ def _produce_tile(dy, weight, up, strip, side, slots, ring, counts, slot, phase,
 def _produce(
     dy,
     weight,
+    dy_rows,
     up,
     strip,
     side,
@@ -108,42 +113,53 @@ def _produce(
     dy_columns,
     gated_rows,
     slots,
-    sums,
     ring,
     counts,
     M,
     tiles_m,
-    chunk,
-    shares,
+    order,
     S: gl.constexpr,
 ):
-    tiles = tiles_m * S.TILES_N
+    slack, start, gap, early, chunk, shares = order
+    makers = tiles_m * S.MAKERS
+    others = makers + tiles_m * S.TILES_N
     slot = 0
     phase = 1
     item = take(counts)
-    while item < tiles + S.PIECES * shares:
+    while item < others + S.PIECES * shares:
         hand_over(ring, slot, phase, item)
-        if item < tiles:
+        sums, index = is_sum(item, others, start, gap, early)
+        makes, before = is_maker(index, makers, slack)
+        if sums:
+            if S.PIECES > 0:
+                wait_for(counts + 2, tiles_m * S.COUNT)
+                piece = index % S.PIECES
+                first = index // S.PIECES * chunk
+                end = min(M, first + chunk)
+                if piece < S.PIECES_X:
+                    if S.WIDTH_X > 0:
+                        slot, phase = produce_sum(
+                            x_columns, strip_rows, slots.cx, slots.fx, ring, slot, phase,
+                            piece * S.COLUMNS, first, end, S.ROWS_X, S.WIDTH_X, S,
+                        )  # fmt: skip
+                else:
+                    if S.WIDTH_Y > 0:
+                        slot, phase = produce_sum(
+                            dy_columns, gated_rows, slots.cy, slots.fy, ring, slot, phase,
+                            (piece - S.PIECES_X) * S.COLUMNS, first, end, S.ROWS_Y, S.WIDTH_Y, S,
+                        )  # fmt: skip
+        elif makes:
+            row = before // S.MAKERS * S.BLOCK_M
+            part = before % S.MAKERS
+            slot, phase = _produce_strip(dy_rows, up, slots, ring, slot, phase, row, part, S)
+        else:
+            tile_m, tile_n = tile_at(index - before, tiles_m, S)
+            row = tile_m * S.BLOCK_M
+            column = tile_n * S.BLOCK_N
+            flag = counts + FLAGS + tile_m
             slot, phase = _produce_tile(
-                dy, weight, up, strip, side, slots, ring, counts, slot, phase, item, tiles_m, S
+                dy, weight, strip, side, slots, ring, slot, phase, flag, row, column, S
             )
-        elif S.PIECES > 0:
-            wait_for(counts + 2, tiles_m * S.COUNT)
-            piece = (item - tiles) % S.PIECES
-            first = (item - tiles) // S.PIECES * chunk
-            end = min(M, first + chunk)
-            if piece < S.PIECES_X:
-                if S.WIDTH_X > 0:
-                    slot, phase = produce_sum(
-                        x_columns, strip_rows, sums.cx, sums.fx, ring, slot, phase,
-                        piece * S.COLUMNS, first, end, S.ROWS_X, S.WIDTH_X, S,
-                    )  # fmt: skip
-            else:
-                if S.WIDTH_Y > 0:
-                    slot, phase = produce_sum(
-                        dy_columns, gated_rows, sums.cy, sums.fy, ring, slot, phase,
-                        (piece - S.PIECES_X) * S.COLUMNS, first, end, S.ROWS_Y, S.WIDTH_Y, S,
-                    )  # fmt: skip
         item = take(counts)
     hand_over(ring, slot, phase, item)
     mbarrier.arrive(ring.ready.index(slot), count=1)
@@ -160,7 +176,7 @@ def _make_strip(
     weights,
     counts,
     tile_m,
-    tile_n,
+    part,
     tiles_m,
     M,
     S: gl.constexpr,
@@ -170,7 +186,7 @@ def _make_strip(
     rows: gl.constexpr = gl.SliceLayout(1, thin)
     dtype: gl.constexpr = p_strip.dtype.element_ty
     o_row = tile_m * S.BLOCK_M + gl.arange(0, S.BLOCK_M, layout=rows)
-    o_rank = tile_n * S.WIDTH + gl.arange(0, S.WIDTH, layout=gl.SliceLayout(0, thin))
+    o_rank = part * S.WIDTH + gl.arange(0, S.WIDTH, layout=gl.SliceLayout(0, thin))
     o_tall = gl.expand_dims(o_row.to(gl.int64), 1)
     o_flat = gl.expand_dims(o_rank, 0)
     m_row = gl.expand_dims(o_row < M, 1)
@@ -194,7 +210,7 @@ def _make_strip(
         products = spread * b_low
         if S.MAKERS > 1:
             slices = counts + FLAGS + tiles_m + S.PIECES + tile_m
-            complete = leave_part(products, o_rank, o_row, p_partial, slices, tile_n, M, S)
+            complete = leave_part(products, o_rank, o_row, p_partial, slices, part, M, S)
         if complete:
             store_dlogits(products, o_rank, o_row, p_partial, p_gates, p_strip, M, S)
     if complete:
@@ -240,7 +256,6 @@ def _consume(
     dx,
     ys,
     slots,
-    sums,
     ring,
     counts,
     p_strip,
@@ -255,91 +270,80 @@ def _consume(
     scaling,
     M,
     tiles_m,
-    chunk,
-    shares,
+    order,
     S: gl.constexpr,
 ):
-    PER_SLOT: gl.constexpr = S.BLOCK_K // S.BLOCK_S
-    wide: gl.constexpr = product_layout(S.BLOCK_N, gl.num_warps())
-    thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
-    tiles = tiles_m * S.TILES_N
+    slack, start, gap, early, chunk, shares = order
+    makers = tiles_m * S.MAKERS
+    others = makers + tiles_m * S.TILES_N
     slot = 0
     phase = 0
     item = await_item(ring, slot, phase)
-    while item < tiles + S.PIECES * shares:
-        if item < tiles:
-            tile_m, tile_n, makes = place(item, tiles_m, S)
+    while item < others + S.PIECES * shares:
+        sums, index = is_sum(item, others, start, gap, early)
+        makes, before = is_maker(index, makers, slack)
+        if sums:
+            if S.PIECES > 0:
+                piece = index % S.PIECES
+                share = index // S.PIECES
+                first = share * chunk
+                end = min(M, first + chunk)
+                arrived = counts + FLAGS + tiles_m + piece
+                if piece < S.PIECES_X:
+                    if S.WIDTH_X > 0:
+                        slot, phase = sum_downs(
+                            slots.cx, slots.fx, ring, slot, phase, p_shares, arrived, p_out,
+                            p_words, M, piece, share, shares, first, end, S,
+                        )  # fmt: skip
+                else:
+                    if S.WIDTH_Y > 0:
+                        slot, phase = sum_ups(
+                            slots.cy, slots.fy, ring, slot, phase, p_shares, arrived,
+                            p_out + S.BELOW * S.K, scaling, piece, share, shares, first, end, S,
+                        )  # fmt: skip
+        elif makes:
+            thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
+            STEPS: gl.constexpr = (S.N + S.DEPTH - 1) // S.DEPTH
+            PER_SLOT: gl.constexpr = S.SLOT_M // (S.WIDTH * S.DEPTH)
+            spread = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, layout=thin))
+            spread, slot, phase, last = multiply(
+                spread, slots.ms, slots.ns, ring, slot, phase, slot, False, STEPS,
+                1, PER_SLOT, False, False, S.STAGES,
+            )  # fmt: skip
+            _make_strip(
+                finish(spread, ring, last), p_strip, p_gated, p_partial, p_low, p_gates, weights,
+                counts, before // S.MAKERS, before % S.MAKERS, tiles_m, M, S,
+            )  # fmt: skip
+        else:
+            tile_m, tile_n = tile_at(index - before, tiles_m, S)
             row = tile_m * S.BLOCK_M
             column = tile_n * S.BLOCK_N
-            acc = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.BLOCK_N), gl.float32, wide))
-            last = slot + 0
-            if makes:
-                spread = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, thin))
-                for n in range(0, S.N, S.BLOCK_K):
-                    mbarrier.wait(ring.ready.index(slot), phase)
-                    b_dy = slots.xs.index(slot)
-                    b_weight = turned(slots.ws.index(slot), S.OUT_MAJOR)
-                    spread = warpgroup_mma(b_dy, slots.ns.index(slot), spread, is_async=True)
-                    acc = warpgroup_mma(b_dy, b_weight, acc, is_async=True)
-                    made, found = warpgroup_mma_wait(2, deps=(spread, acc))
-                    spread = warpgroup_mma_init(made)
-                    acc = warpgroup_mma_init(found)
-                    mbarrier.arrive(ring.empty.index(last), count=1, pred=n > 0)
-                    last = slot + 0
-                    slot, phase = advance(slot, phase, S.STAGES)
-                _make_strip(
-                    warpgroup_mma_wait(1, deps=(spread,)), p_strip, p_gated, p_partial, p_low,
-                    p_gates, weights, counts, tile_m, tile_n, tiles_m, M, S,
-                )  # fmt: skip
-            else:
-                steps: gl.constexpr = (S.N + S.BLOCK_K - 1) // S.BLOCK_K
-                acc, slot, phase, last = multiply(
-                    acc, slots.xs, slots.ws, ring, slot, phase, last, False, steps,
-                    1, 1, False, S.OUT_MAJOR, S.STAGES,
-                )  # fmt: skip
             if S.DROPOUT:
-                tile = finish(acc, ring, last)
+                tile, slot, phase = contract(
+                    slots, ring, slot, phase, S.N, 0, S.BLOCK_S, S.OUT_MAJOR, False, S
+                )
                 mbarrier.wait(ring.ready.index(slot), phase)
-                b_strip = slots.ss.index(slot * PER_SLOT)
-                b_side = slots.us.index(slot * PER_SLOT)
+                at = slot * (S.BLOCK_K // S.BLOCK_S)
+                b_strip = slots.ss.index(at)
+                b_side = slots.us.index(at)
                 _store_dropped(dx, ys, tile, b_strip, b_side, p_words, row, column, M, S)
                 mbarrier.arrive(ring.empty.index(slot), count=1)
                 slot, phase = advance(slot, phase, S.STAGES)
             else:
-                strips: gl.constexpr = (S.SIDE + S.BLOCK_S - 1) // S.BLOCK_S
-                acc, slot, phase, last = multiply(
-                    acc, slots.ss, slots.us, ring, slot, phase, last, True, strips,
-                    PER_SLOT, PER_SLOT, False, False, S.STAGES,
-                )  # fmt: skip
-                tile = finish(acc, ring, last)
+                tile, slot, phase = contract(
+                    slots, ring, slot, phase, S.N, S.SIDE, S.BLOCK_S, S.OUT_MAJOR, False, S
+                )
                 store_tile(dx, ys, tile, dx, row, column, S.K, S.BLOCK_M, S.BLOCK_N, S.PARTS, False)
-        elif S.PIECES > 0:
-            piece = (item - tiles) % S.PIECES
-            share = (item - tiles) // S.PIECES
-            first = share * chunk
-            end = min(M, first + chunk)
-            arrived = counts + FLAGS + tiles_m + piece
-            if piece < S.PIECES_X:
-                if S.WIDTH_X > 0:
-                    slot, phase = sum_downs(
-                        sums.cx, sums.fx, ring, slot, phase, p_shares, arrived, p_out, p_words,
-                        M, piece, share, shares, first, end, S,
-                    )  # fmt: skip
-            else:
-                if S.WIDTH_Y > 0:
-                    slot, phase = sum_ups(
-                        sums.cy, sums.fy, ring, slot, phase, p_shares, arrived,
-                        p_out + S.BELOW * S.K, scaling, piece, share, shares, first, end, S,
-                    )  # fmt: skip
         item = await_item(ring, slot, phase)
     tma.store_wait(0)
     leave_clean(counts, FLAGS + 2 * tiles_m + S.PIECES)
 
 
-@gluon.jit(do_not_specialize=["M", "chunk", "shares"])
+@gluon.jit(do_not_specialize=["M", "slack", "start", "gap", "early", "chunk", "shares"])
 def _hopper_backward(
     dy,
     weight,
+    dy_rows,
     up,
     strip,
     side,
@@ -360,6 +364,10 @@ def _hopper_backward(
     weights,
     scaling,
     M,
+    slack,
+    start,
+    gap,
+    early,
     chunk,
     shares,
     S: gl.constexpr,
@@ -367,44 +375,36 @@ def _hopper_backward(
     """dX [M, K] of dY [M, N], and into `out` dG, dA and dB as `sums.sum_downs` and `sum_ups`.
 
     `made` is the strip, `gated` S of the ranks whose dB is wanted, `partial` the makers' parts of
-    dg, `parts` the shares of the sums over tokens, `chunk` rows each.
+    dg, `parts` the shares of the sums over tokens, `chunk` rows each; in which order the items
+    come say `ring.is_sum` and `is_maker`.
     """
     tiles_m = gl.cdiv(M, S.BLOCK_M)
-    PER_SLOT: gl.constexpr = S.BLOCK_K // S.BLOCK_S
-    TALL: gl.constexpr = S.BLOCK_N if S.OUT_MAJOR else S.BLOCK_K
-    LONG: gl.constexpr = S.BLOCK_K if S.OUT_MAJOR else S.BLOCK_N
-    dtype: gl.constexpr = dy.dtype
-    xs = gl.allocate_shared_memory(dtype, [S.STAGES, S.BLOCK_M, S.BLOCK_K], dy.layout)
-    ws = gl.allocate_shared_memory(dtype, [S.STAGES, TALL, LONG], weight.layout)
-    ns = gl.allocate_shared_memory(dtype, [S.STAGES, S.BLOCK_K, S.WIDTH], up.layout)
-    ys = gl.allocate_shared_memory(dtype, [S.BLOCK_M, S.BLOCK_N // S.PARTS], dx.layout)
-    # A step of the strip or of a sum lies where one of dY and W does, at the beginning of its slot.
-    ss = xs._reinterpret(dtype, [S.STAGES * PER_SLOT, S.BLOCK_M, S.BLOCK_S], strip.layout)
-    us = ws._reinterpret(dtype, [S.STAGES * PER_SLOT, S.BLOCK_S, S.BLOCK_N], side.layout)
+    xs, ws = slot_memory(dy, weight, S)
+    ys = gl.allocate_shared_memory(dx.dtype, [S.BLOCK_M, S.BLOCK_N // S.PARTS], dx.layout)
+    ss = parts_of(xs, strip, S.SLOT_M, S.BLOCK_M, S.BLOCK_S, S.STAGES)
+    us = parts_of(ws, side, S.SLOT_N, S.BLOCK_S, S.BLOCK_N, S.STAGES)
+    ms = parts_of(ws, dy_rows, S.SLOT_N, S.BLOCK_M, S.DEPTH, S.STAGES)
+    ns = parts_of(xs, up, S.SLOT_M, S.DEPTH, S.WIDTH, S.STAGES)
     cx = ws
     fx = xs
     cy = ws
     fy = xs
     if S.WIDTH_X > 0:
-        count: gl.constexpr = S.STAGES * S.SLOT_N // (S.ROWS_X * S.COLUMNS)
-        few: gl.constexpr = S.STAGES * S.SLOT_M // (S.ROWS_X * S.WIDTH_X)
-        cx = ws._reinterpret(dtype, [count, S.ROWS_X, S.COLUMNS], x_columns.layout)
-        fx = xs._reinterpret(dtype, [few, S.ROWS_X, S.WIDTH_X], strip_rows.layout)
+        cx = parts_of(ws, x_columns, S.SLOT_N, S.ROWS_X, S.COLUMNS, S.STAGES)
+        fx = parts_of(xs, strip_rows, S.SLOT_M, S.ROWS_X, S.WIDTH_X, S.STAGES)
     if S.WIDTH_Y > 0:
-        many: gl.constexpr = S.STAGES * S.SLOT_N // (S.ROWS_Y * S.COLUMNS)
-        some: gl.constexpr = S.STAGES * S.SLOT_M // (S.ROWS_Y * S.WIDTH_Y)
-        cy = ws._reinterpret(dtype, [many, S.ROWS_Y, S.COLUMNS], dy_columns.layout)
-        fy = xs._reinterpret(dtype, [some, S.ROWS_Y, S.WIDTH_Y], gated_rows.layout)
-    slots = Slots(xs, ws, ns, ss, us)
-    sums = Sums(cx, fx, cy, fy)
+        cy = parts_of(ws, dy_columns, S.SLOT_N, S.ROWS_Y, S.COLUMNS, S.STAGES)
+        fy = parts_of(xs, gated_rows, S.SLOT_M, S.ROWS_Y, S.WIDTH_Y, S.STAGES)
+    slots = Slots(xs, ws, ss, us, ms, ns, cx, fx, cy, fy)
     ring = make_ring(S.STAGES)
     fence_async_shared()
+    order = (slack, start, gap, early, chunk, shares)
     gl.warp_specialize(
         [
-            (_consume, (dx, ys, slots, sums, ring, counts, made, gated, partial, parts, out, low,
-                        gates, words, weights, scaling, M, tiles_m, chunk, shares, S)),
-            (_produce, (dy, weight, up, strip, side, x_columns, strip_rows, dy_columns, gated_rows,
-                        slots, sums, ring, counts, M, tiles_m, chunk, shares, S)),
+            (_consume, (dx, ys, slots, ring, counts, made, gated, partial, parts, out, low, gates,
+                        words, weights, scaling, M, tiles_m, order, S)),
+            (_produce, (dy, weight, dy_rows, up, strip, side, x_columns, strip_rows, dy_columns,
+                        gated_rows, slots, ring, counts, M, tiles_m, order, S)),
         ],
         [1],
         [32],

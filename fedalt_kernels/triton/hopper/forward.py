@@ -1,9 +1,8 @@
-"""Forward: y, P and the gates in one pass over x.
+"""Forward: y, P and the gates in one launch.
 
-The tiles of y's first columns make the strip: beside x Wᵀ they multiply the block of x that lies in
-shared memory with their rows of `side`, and from that come the gates, P and S.  All tiles then take
-S · up as the last step of their contraction.  The producer waits for a strip, far ahead of the
-consumers.
+The first items make the strip: a row block of x times `side` gives P and the logits, hence gates and
+S.  The tiles of y take S · up as the last step of their contraction; the producer waits for a
+strip, far ahead of the consumers.
 """
 
 from typing import Any, NamedTuple
@@ -24,15 +23,16 @@ from .gates import owned_gate, peak_logit, powers_of
 from .ring import (
     advance,
     await_item,
-    finish,
+    contract,
     hand_over,
+    is_maker,
     leave_clean,
     make_ring,
-    multiply,
-    place,
+    parts_of,
     publish,
+    slot_memory,
     take,
-    turned,
+    tile_at,
     wait_for,
 )
 
@@ -40,54 +40,99 @@ FLAGS = gl.constexpr(2)  # counters before the row blocks' flags: ticket, left
 
 
 class Slots(NamedTuple):
-    """Shared memory by slot."""
+    """Shared memory by slot: of a step of a tile, of its last steps, and of a maker's step."""
 
     xs: Any  # of x
     ws: Any  # of W
-    ns: Any  # of `side`, a maker's rows
-    gs: Any  # of `side`, the mixer's rows
-    ss: Any  # of S, where x is in other steps
+    ss: Any  # of S, where x is
     us: Any  # of `up`, where W is
+    ms: Any  # of x, where W is
+    ns: Any  # of `side`, a maker's rows, where x is
+    gs: Any  # of `side`, the mixer's rows, where W is, behind x
 
 
 @gluon.jit
-def _produce(x, weight, narrow, router, strip, up, slots, ring, counts, tiles_m, S: gl.constexpr):
-    EXTRA: gl.constexpr = S.WIDTH + S.HEAD if S.ROUTER else S.WIDTH
+def _produce_strip(x_rows, narrow, router, slots, ring, slot, phase, row, part, S: gl.constexpr):
+    BYTES: gl.constexpr = (S.BLOCK_M + S.WIDTH + (S.HEAD if S.ROUTER else 0)) * S.DEPTH * 2
+    for k in range(0, S.K, S.DEPTH):
+        ready = ring.ready.index(slot)
+        mbarrier.wait(ring.empty.index(slot), phase)
+        mbarrier.expect(ready, BYTES)
+        block = slots.ms.index(slot * (S.SLOT_N // (S.BLOCK_M * S.DEPTH)))
+        tma.async_copy_global_to_shared(x_rows, [row, k], ready, block)
+        block = slots.ns.index(slot * (S.SLOT_M // (S.WIDTH * S.DEPTH)))
+        at = S.HEAD - S.SHIFT + part * S.WIDTH
+        tma.async_copy_global_to_shared(narrow, [at, k], ready, block)
+        if S.ROUTER:
+            block = slots.gs.index((2 * slot + 1) * (S.SLOT_N // 2 // (S.HEAD * S.DEPTH)))
+            tma.async_copy_global_to_shared(router, [0, k], ready, block)
+        slot, phase = advance(slot, phase, S.STAGES)
+    return slot, phase
+
+
+@gluon.jit
+def _produce_tile(
+    x, weight, strip, up, slots, ring, slot, phase, flag, row, column, S: gl.constexpr
+):
+    for k in range(0, S.K, S.BLOCK_K):
+        ready = ring.ready.index(slot)
+        mbarrier.wait(ring.empty.index(slot), phase)
+        mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N) * S.BLOCK_K * 2)
+        tma.async_copy_global_to_shared(x, [row, k], ready, slots.xs.index(slot))
+        if S.OUT_MAJOR:
+            tma.async_copy_global_to_shared(weight, [column, k], ready, slots.ws.index(slot))
+        else:
+            tma.async_copy_global_to_shared(weight, [k, column], ready, slots.ws.index(slot))
+        slot, phase = advance(slot, phase, S.STAGES)
+    wait_for(flag, S.MAKERS)
+    for rank in range(0, S.RANKS, S.BLOCK_R):
+        ready = ring.ready.index(slot)
+        mbarrier.wait(ring.empty.index(slot), phase)
+        mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N) * S.BLOCK_R * 2)
+        at = slot * (S.BLOCK_K // S.BLOCK_R)
+        tma.async_copy_global_to_shared(strip, [row, rank], ready, slots.ss.index(at))
+        tma.async_copy_global_to_shared(up, [column, rank], ready, slots.us.index(at))
+        slot, phase = advance(slot, phase, S.STAGES)
+    return slot, phase
+
+
+@gluon.jit
+def _produce(
+    x,
+    weight,
+    x_rows,
+    narrow,
+    router,
+    strip,
+    up,
+    slots,
+    ring,
+    counts,
+    tiles_m,
+    slack,
+    S: gl.constexpr,
+):
+    makers = tiles_m * S.MAKERS
     slot = 0
     phase = 1
     item = take(counts)
-    while item < tiles_m * S.TILES_N:
-        tile_m, tile_n, makes = place(item, tiles_m, S)
-        row = tile_m * S.BLOCK_M
-        column = tile_n * S.BLOCK_N
+    while item < makers + tiles_m * S.TILES_N:
         hand_over(ring, slot, phase, item)
-        for k in range(0, S.K, S.BLOCK_K):
-            ready = ring.ready.index(slot)
-            mbarrier.wait(ring.empty.index(slot), phase)
-            if makes:
-                mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N + EXTRA) * S.BLOCK_K * 2)
-                at = S.HEAD - S.SHIFT + tile_n * S.WIDTH
-                tma.async_copy_global_to_shared(narrow, [at, k], ready, slots.ns.index(slot))
-                if S.ROUTER:
-                    tma.async_copy_global_to_shared(router, [0, k], ready, slots.gs.index(slot))
-            else:
-                mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N) * S.BLOCK_K * 2)
-            tma.async_copy_global_to_shared(x, [row, k], ready, slots.xs.index(slot))
-            if S.OUT_MAJOR:
-                tma.async_copy_global_to_shared(weight, [column, k], ready, slots.ws.index(slot))
-            else:
-                tma.async_copy_global_to_shared(weight, [k, column], ready, slots.ws.index(slot))
-            slot, phase = advance(slot, phase, S.STAGES)
-        for rank in range(0, S.RANKS, S.BLOCK_R):
-            ready = ring.ready.index(slot)
-            mbarrier.wait(ring.empty.index(slot), phase)
-            if rank == 0:
-                wait_for(counts + FLAGS + tile_m, S.MAKERS)
-            mbarrier.expect(ready, (S.BLOCK_M + S.BLOCK_N) * S.BLOCK_R * 2)
-            at = slot * (S.BLOCK_K // S.BLOCK_R)
-            tma.async_copy_global_to_shared(strip, [row, rank], ready, slots.ss.index(at))
-            tma.async_copy_global_to_shared(up, [column, rank], ready, slots.us.index(at))
-            slot, phase = advance(slot, phase, S.STAGES)
+        makes, before = is_maker(item, makers, slack)
+        if makes:
+            row = before // S.MAKERS * S.BLOCK_M
+            part = before % S.MAKERS
+            slot, phase = _produce_strip(
+                x_rows, narrow, router, slots, ring, slot, phase, row, part, S
+            )
+        else:
+            tile_m, tile_n = tile_at(item - before, tiles_m, S)
+            row = tile_m * S.BLOCK_M
+            column = tile_n * S.BLOCK_N
+            flag = counts + FLAGS + tile_m
+            slot, phase = _produce_tile(
+                x, weight, strip, up, slots, ring, slot, phase, flag, row, column, S
+            )
         item = take(counts)
     hand_over(ring, slot, phase, item)
     mbarrier.arrive(ring.ready.index(slot), count=1)
@@ -103,7 +148,7 @@ def _store_strip(
     flag,
     weights,
     row,
-    tile_n,
+    part,
     M,
     dtype: gl.constexpr,
     S: gl.constexpr,
@@ -112,7 +157,7 @@ def _store_strip(
     thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
     rows: gl.constexpr = gl.SliceLayout(1, thin)
     o_row = row + gl.arange(0, S.BLOCK_M, layout=rows)
-    o_rank = tile_n * S.WIDTH - S.SHIFT + gl.arange(0, S.WIDTH, layout=gl.SliceLayout(0, thin))
+    o_rank = part * S.WIDTH - S.SHIFT + gl.arange(0, S.WIDTH, layout=gl.SliceLayout(0, thin))
     gate = gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, layout=thin)
     if S.GATED:
         peak = peak_logit(logits, S.E)
@@ -122,7 +167,7 @@ def _store_strip(
         for e in gl.static_range(S.E):
             mine = gl.convert_layout(powers_of(logits, peak, e, S.E) / total, rows)
             gate = owned_gate(gate, mine, o_rank, e, S.EDGES)
-            if tile_n == 0:
+            if part == 0:
                 gl.store(p_gates + o_row.to(gl.int64) * S.E + e, mine, mask=o_row < M)
     else:
         for e in gl.static_range(S.E):
@@ -136,6 +181,42 @@ def _store_strip(
     publish(flag)
     p_block = p_low + o_tall * S.RANKS + gl.expand_dims(o_rank, 0)
     gl.store(p_block, b_low.to(dtype), mask=m_low)
+
+
+@gluon.jit
+def _project(slots, ring, slot, phase, p_words, row, M, S: gl.constexpr):
+    """P and the logits of a row block, and the next slot and its phase."""
+    thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
+    mixer: gl.constexpr = product_layout(S.LOGITS, gl.num_warps())
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=thin, k_width=2)
+    low = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, layout=thin))
+    parts = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.LOGITS), gl.float32, layout=mixer))
+    o_row = row + gl.arange(0, S.BLOCK_M, layout=gl.SliceLayout(1, left))
+    last = slot + 0
+    for k in range(0, S.K, S.DEPTH):
+        if S.DROPOUT:
+            words = words_of(p_words, o_row, k, M, S.WORDS, S.DEPTH, left)
+        mbarrier.wait(ring.ready.index(slot), phase)
+        b_x = slots.ms.index(slot * (S.SLOT_N // (S.BLOCK_M * S.DEPTH)))
+        b_side = slots.ns.index(slot * (S.SLOT_M // (S.WIDTH * S.DEPTH))).permute((1, 0))
+        if S.ROUTER:
+            b_router = slots.gs.index((2 * slot + 1) * (S.SLOT_N // 2 // (S.HEAD * S.DEPTH)))
+            parts = warpgroup_mma(b_x, b_router.permute((1, 0)), parts, is_async=True)
+        if S.DROPOUT:
+            b_kept = dropped(b_x.load(left), words, S.DEPTH, left)
+            low = warpgroup_mma(b_kept, b_side, low, is_async=True)
+            made, found, _ = warpgroup_mma_wait(0, deps=(low, parts, b_kept))
+        else:
+            low = warpgroup_mma(b_x, b_side, low, is_async=True)
+            made, found = warpgroup_mma_wait(1 + S.ROUTER, deps=(low, parts))
+        low = warpgroup_mma_init(made)
+        parts = warpgroup_mma_init(found)
+        mbarrier.arrive(ring.empty.index(last), count=1, pred=k > 0)
+        last = slot + 0
+        slot, phase = advance(slot, phase, S.STAGES)
+    b_low, b_parts = warpgroup_mma_wait(0, deps=(low, parts))
+    mbarrier.arrive(ring.empty.index(last), count=1)
+    return b_low, b_parts, slot, phase
 
 
 @gluon.jit
@@ -153,88 +234,44 @@ def _consume(
     weights,
     M,
     tiles_m,
+    slack,
     S: gl.constexpr,
 ):
-    PER_SLOT: gl.constexpr = S.BLOCK_K // S.BLOCK_R
-    wide: gl.constexpr = product_layout(S.BLOCK_N, gl.num_warps())
-    thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=thin, k_width=2)
-    mixer: gl.constexpr = product_layout(16, gl.num_warps())
+    makers = tiles_m * S.MAKERS
     slot = 0
     phase = 0
     item = await_item(ring, slot, phase)
-    while item < tiles_m * S.TILES_N:
-        tile_m, tile_n, makes = place(item, tiles_m, S)
-        row = tile_m * S.BLOCK_M
-        acc = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.BLOCK_N), gl.float32, wide))
-        last = slot + 0
+    while item < makers + tiles_m * S.TILES_N:
+        makes, before = is_maker(item, makers, slack)
         if makes:
-            low = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.WIDTH), gl.float32, thin))
-            parts = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.LOGITS), gl.float32, mixer))
-            o_in = row + gl.arange(0, S.BLOCK_M, layout=gl.SliceLayout(1, left))
-            for k in range(0, S.K, S.BLOCK_K):
-                if S.DROPOUT:
-                    words = words_of(p_words, o_in, k, M, S.WORDS, S.BLOCK_K, left)
-                mbarrier.wait(ring.ready.index(slot), phase)
-                b_x = slots.xs.index(slot)
-                b_weight = turned(slots.ws.index(slot), S.OUT_MAJOR)
-                b_narrow = slots.ns.index(slot).permute((1, 0))
-                if S.ROUTER:
-                    b_router = slots.gs.index(slot).permute((1, 0))
-                    parts = warpgroup_mma(b_x, b_router, parts, is_async=True)
-                if S.DROPOUT:
-                    b_kept = dropped(b_x.load(left), words, S.BLOCK_K, left)
-                    low = warpgroup_mma(b_kept, b_narrow, low, is_async=True)
-                    acc = warpgroup_mma(b_x, b_weight, acc, is_async=True)
-                    made, found, sums, _ = warpgroup_mma_wait(1, deps=(low, parts, acc, b_kept))
-                else:
-                    low = warpgroup_mma(b_x, b_narrow, low, is_async=True)
-                    acc = warpgroup_mma(b_x, b_weight, acc, is_async=True)
-                    made, found, sums = warpgroup_mma_wait(2 + S.ROUTER, deps=(low, parts, acc))
-                low = warpgroup_mma_init(made)
-                parts = warpgroup_mma_init(found)
-                acc = warpgroup_mma_init(sums)
-                mbarrier.arrive(ring.empty.index(last), count=1, pred=k > 0)
-                last = slot + 0
-                slot, phase = advance(slot, phase, S.STAGES)
-            b_low, b_parts = warpgroup_mma_wait(1, deps=(low, parts))
+            tile_m = before // S.MAKERS
+            part = before % S.MAKERS
+            row = tile_m * S.BLOCK_M
+            b_low, b_parts, slot, phase = _project(slots, ring, slot, phase, p_words, row, M, S)
+            logits = b_parts if S.ROUTER else b_low
+            flag = counts + FLAGS + tile_m
             _store_strip(
-                b_low,
-                b_parts if S.ROUTER else b_low,
-                p_gated,
-                p_low,
-                p_gates,
-                counts + FLAGS + tile_m,
-                weights,
-                row,
-                tile_n,
-                M,
-                y.dtype,
-                S,
+                b_low, logits, p_gated, p_low, p_gates, flag, weights, row, part, M, y.dtype, S
             )
         else:
-            steps: gl.constexpr = (S.K + S.BLOCK_K - 1) // S.BLOCK_K
-            acc, slot, phase, last = multiply(
-                acc, slots.xs, slots.ws, ring, slot, phase, last, False, steps,
-                1, 1, False, S.OUT_MAJOR, S.STAGES,
+            tile_m, tile_n = tile_at(item - before, tiles_m, S)
+            tile, slot, phase = contract(
+                slots, ring, slot, phase, S.K, S.RANKS, S.BLOCK_R, S.OUT_MAJOR, True, S
+            )
+            store_tile(
+                y, ys, tile, p_bias, tile_m * S.BLOCK_M, tile_n * S.BLOCK_N,
+                S.N, S.BLOCK_M, S.BLOCK_N, S.PARTS, S.BIAS,
             )  # fmt: skip
-        ranks: gl.constexpr = (S.RANKS + S.BLOCK_R - 1) // S.BLOCK_R
-        acc, slot, phase, last = multiply(
-            acc, slots.ss, slots.us, ring, slot, phase, last, True, ranks,
-            PER_SLOT, PER_SLOT, False, True, S.STAGES,
-        )  # fmt: skip
-        tile = finish(acc, ring, last)
-        column = tile_n * S.BLOCK_N
-        store_tile(y, ys, tile, p_bias, row, column, S.N, S.BLOCK_M, S.BLOCK_N, S.PARTS, S.BIAS)
         item = await_item(ring, slot, phase)
     tma.store_wait(0)
     leave_clean(counts, FLAGS + tiles_m)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "slack"])
 def _hopper(
     x,
     weight,
+    x_rows,
     narrow,
     router,
     strip,
@@ -248,31 +285,29 @@ def _hopper(
     counts,
     weights,
     M,
+    slack,
     S: gl.constexpr,
 ):
     """y [M, N], P `low` [M, R], S `gated` [M, STRIDE] and `gates` [M, E] of x [M, K]."""
     tiles_m = gl.cdiv(M, S.BLOCK_M)
-    PER_SLOT: gl.constexpr = S.BLOCK_K // S.BLOCK_R
-    TALL: gl.constexpr = S.BLOCK_N if S.OUT_MAJOR else S.BLOCK_K
-    LONG: gl.constexpr = S.BLOCK_K if S.OUT_MAJOR else S.BLOCK_N
-    xs = gl.allocate_shared_memory(x.dtype, [S.STAGES, S.BLOCK_M, S.BLOCK_K], x.layout)
-    ws = gl.allocate_shared_memory(x.dtype, [S.STAGES, TALL, LONG], weight.layout)
-    ns = gl.allocate_shared_memory(x.dtype, [S.STAGES, S.WIDTH, S.BLOCK_K], narrow.layout)
+    xs, ws = slot_memory(x, weight, S)
+    ys = gl.allocate_shared_memory(y.dtype, [S.BLOCK_M, S.BLOCK_N // S.PARTS], y.layout)
+    ss = parts_of(xs, strip, S.SLOT_M, S.BLOCK_M, S.BLOCK_R, S.STAGES)
+    us = parts_of(ws, up, S.SLOT_N, S.BLOCK_N, S.BLOCK_R, S.STAGES)
+    ms = parts_of(ws, x_rows, S.SLOT_N, S.BLOCK_M, S.DEPTH, S.STAGES)
+    ns = parts_of(xs, narrow, S.SLOT_M, S.WIDTH, S.DEPTH, S.STAGES)
     gs = ns
     if S.ROUTER:
-        gs = gl.allocate_shared_memory(x.dtype, [S.STAGES, S.HEAD, S.BLOCK_K], router.layout)
-    ys = gl.allocate_shared_memory(x.dtype, [S.BLOCK_M, S.BLOCK_N // S.PARTS], y.layout)
-    # A step of the strip lies where one of x and W does, at the beginning of its slot.
-    ss = xs._reinterpret(x.dtype, [S.STAGES * PER_SLOT, S.BLOCK_M, S.BLOCK_R], strip.layout)
-    us = ws._reinterpret(x.dtype, [S.STAGES * PER_SLOT, S.BLOCK_N, S.BLOCK_R], up.layout)
-    slots = Slots(xs, ws, ns, gs, ss, us)
+        gs = parts_of(ws, router, S.SLOT_N, S.HEAD, S.DEPTH, S.STAGES)
+    slots = Slots(xs, ws, ss, us, ms, ns, gs)
     ring = make_ring(S.STAGES)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (y, ys, slots, ring, counts, bias, gated, low, gates, words, weights, M,
-                        tiles_m, S)),
-            (_produce, (x, weight, narrow, router, strip, up, slots, ring, counts, tiles_m, S)),
+                        tiles_m, slack, S)),
+            (_produce, (x, weight, x_rows, narrow, router, strip, up, slots, ring, counts, tiles_m,
+                        slack, S)),
         ],
         [1],
         [32],

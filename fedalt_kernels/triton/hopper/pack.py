@@ -37,36 +37,33 @@ def _pack_sides(
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK_R
     TILES_K: tl.constexpr = (K + BLOCK - 1) // BLOCK
     if program < TILES_K:
         k = program * BLOCK
         o_k = k + tl.arange(0, BLOCK)
-        for row in tl.static_range(0, HEAD, BLOCK_R):
-            o_row = row + tl.arange(0, BLOCK_R)
-            m_head = (o_row < 3 * E)[:, None] & (o_k < K)[None, :]
+        m_k = (o_k < K)[None, :]
+        o_row = row + tl.arange(0, BLOCK_R)
+        if row < HEAD:
             p_head = mixer + (o_row % E)[:, None] * K + o_k[None, :]
-            b_head = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
+            b_head = tl.load(p_head, mask=(o_row < 3 * E)[:, None] & m_k, other=0.0)
             is_low = (o_row >= 2 * E)[:, None]
-            b_head = split_parts(b_head, is_low, side.dtype.element_ty, PRECISION)
-            store_block(
-                side, b_head.to(tl.float32), row, k, HEAD, K, K, BLOCK_R, BLOCK, False, PRECISION
-            )
-        for rank in tl.range(0, EDGES[E], BLOCK_R):
-            o_rank = rank + tl.arange(0, BLOCK_R)
-            p_down = down_pointers(downs, o_rank, K, E, EDGES)[:, None] + o_k[None, :]
-            m_down = (o_rank < EDGES[E])[:, None] & (o_k < K)[None, :]
-            b_down = tl.load(p_down, mask=m_down, other=0.0).to(tl.float32)
-            ROWS: tl.constexpr = HEAD + EDGES[E]
-            store_block(side, b_down, HEAD + rank, k, ROWS, K, K, BLOCK_R, BLOCK, False, PRECISION)
-    else:
+            dtype: tl.constexpr = side.dtype.element_ty
+            b_rows = split_parts(b_head.to(tl.float32), is_low, dtype, PRECISION).to(tl.float32)
+        else:
+            p_down = down_pointers(downs, o_row - HEAD, K, E, EDGES)[:, None] + o_k[None, :]
+            m_down = (o_row - HEAD < EDGES[E])[:, None] & m_k
+            b_rows = tl.load(p_down, mask=m_down, other=0.0).to(tl.float32)
+        ROWS: tl.constexpr = HEAD + EDGES[E]
+        store_block(side, b_rows, row, k, ROWS, K, K, BLOCK_R, BLOCK, False, PRECISION)
+    elif row < EDGES[E]:
         n = (program - TILES_K) * BLOCK
         o_n = n + tl.arange(0, BLOCK)
-        for rank in tl.range(0, EDGES[E], BLOCK_R):
-            o_rank = rank + tl.arange(0, BLOCK_R)
-            p_up = up_pointers(ups, o_n, o_rank, E, EDGES)
-            m_up = (o_n < N)[:, None] & (o_rank < EDGES[E])[None, :]
-            b_up = tl.load(p_up, mask=m_up, other=0.0).to(tl.float32) * scaling
-            store_block(up, b_up, n, rank, N, EDGES[E], STRIDE, BLOCK, BLOCK_R, False, PRECISION)
+        o_rank = row + tl.arange(0, BLOCK_R)
+        p_up = up_pointers(ups, o_n, o_rank, E, EDGES)
+        m_up = (o_n < N)[:, None] & (o_rank < EDGES[E])[None, :]
+        b_up = tl.load(p_up, mask=m_up, other=0.0).to(tl.float32) * scaling
+        store_block(up, b_up, n, row, N, EDGES[E], STRIDE, BLOCK, BLOCK_R, False, PRECISION)
 
 
 def siding(
@@ -80,7 +77,7 @@ def siding(
     head, stride = head_of(len(edges) - 1, gated), rounded_up(edges[-1])
     launch = Launch(
         _pack_sides,
-        (triton.cdiv(k, BLOCK) + triton.cdiv(n, BLOCK),),
+        (triton.cdiv(k, BLOCK) + triton.cdiv(n, BLOCK), triton.cdiv(head + edges[-1], BLOCK_R)),
         ("downs", "ups", "mixer", "side", "up"),
         scaling=float(first.scaling),
         K=k,

@@ -20,6 +20,7 @@ from ..tiles import (
 )
 from ..workspace import counters
 from . import record
+from .order import CHUNK, order_of, slack_of
 from .backward import FLAGS as BACKWARD_FLAGS
 from .backward import _hopper_backward
 from .forward import FLAGS as FORWARD_FLAGS
@@ -29,7 +30,6 @@ from .shapes import (
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
-    CHUNK,
     COLUMNS,
     MOST_RANKS,
     MOST_SUMMED,
@@ -95,8 +95,6 @@ def _unserved(rows: Tensor, weight: Tensor, shape: Forward | Backward) -> str | 
         return "rows must begin at multiples of 16 bytes"
     if shape.RANKS > MOST_RANKS:
         return f"it serves ranks of up to {MOST_RANKS} in sum, got {shape.RANKS}"
-    if shape.MAKERS > shape.TILES_N:
-        return f"{shape.RANKS} ranks want {shape.MAKERS} columns of tiles, not {shape.TILES_N}"
     return None
 
 
@@ -126,14 +124,15 @@ def mixing(
         _hopper,
         (programs(x.device),),
         (
-            *("x", "weight", "narrow", "router", "strip", "up", "y", "bias"),
+            *("x", "weight", "x_rows", "narrow", "router", "strip", "up", "y", "bias"),
             *("gated", "low", "gates", "words", "counts"),
         ),
         {
             "x": Box(m, k, x.stride(0), (BLOCK_M, BLOCK_K)),
             "weight": Box(*rows.shape, rows.stride(0), wide),
-            "narrow": Box(high, k, k, (shape.WIDTH, BLOCK_K)),
-            "router": Box(shape.HEAD, k, k, (shape.HEAD, BLOCK_K)) if shape.ROUTER else None,
+            "x_rows": Box(m, k, x.stride(0), (BLOCK_M, shape.DEPTH)),
+            "narrow": Box(high, k, k, (shape.WIDTH, shape.DEPTH)),
+            "router": Box(shape.HEAD, k, k, (shape.HEAD, shape.DEPTH)) if shape.ROUTER else None,
             "strip": Box(m, ranks, shape.STRIDE, (BLOCK_M, shape.BLOCK_R)),
             "up": Box(n, ranks, shape.STRIDE, (BLOCK_N, shape.BLOCK_R)),
             "y": Box(m, n, n, (BLOCK_M, BLOCK_N // shape.PARTS)),
@@ -141,6 +140,7 @@ def mixing(
         WARPS,
         weights=tuple(weights),
         M=m,
+        slack=slack_of(m, programs(x.device), shape),
         S=Constants(shape),
     )
     flags = FORWARD_FLAGS.value + triton.cdiv(m, BLOCK_M)
@@ -155,7 +155,7 @@ def mixing(
         gates = x.new_empty(m, shape.E, dtype=torch.float32) if shape.GATED else None
         router = side if shape.ROUTER else None
         counts = counters(x.device, flags)
-        launch(x, weight, side, router, gated, up, y, bias, gated, low, gates, words, counts)
+        launch(x, weight, x, side, router, gated, up, y, bias, gated, low, gates, words, counts)
         return y, low, gates, side, up
 
     return run
@@ -192,19 +192,20 @@ def mixing_backward(
     mask = masking(m, k, branches.threshold) if shape.DROPOUT else None
     sum_x, sum_y = shape.WIDTH_X > 0, shape.WIDTH_Y > 0
     few = shape.UPS[1] - shape.UPS[0]
-    shares = triton.cdiv(m, CHUNK) if shape.PIECES else 0
+    shares = triton.cdiv(m, CHUNK)
     launch = Launch(
         _hopper_backward,
         (programs(dy.device),),
         (
-            *("dy", "weight", "up", "strip", "side"),
+            *("dy", "weight", "dy_rows", "up", "strip", "side"),
             *("x_columns", "strip_rows", "dy_columns", "gated_rows", "dx"),
             *("made", "gated", "partial", "parts", "out", "low", "gates", "words", "counts"),
         ),
         {
             "dy": Box(m, n, dy.stride(0), (BLOCK_M, BLOCK_K)),
             "weight": Box(*rows.shape, rows.stride(0), wide),
-            "up": Box(n, ranks, rounded_up(ranks), (BLOCK_K, shape.WIDTH)),
+            "dy_rows": Box(m, n, dy.stride(0), (BLOCK_M, shape.DEPTH)),
+            "up": Box(n, ranks, rounded_up(ranks), (shape.DEPTH, shape.WIDTH)),
             "strip": Box(m, shape.SIDE, shape.STRIDE, (BLOCK_M, shape.BLOCK_S)),
             "side": Box(shape.SIDE, k, k, (shape.BLOCK_S, BLOCK_N)),
             "x_columns": Box(m, k, x.stride(0), (shape.ROWS_X, COLUMNS)),
@@ -217,8 +218,7 @@ def mixing_backward(
         weights=tuple(weights),
         scaling=float(branches.scaling),
         M=m,
-        chunk=CHUNK,
-        shares=shares,
+        **order_of(m, programs(dy.device), shape),
         S=Constants(shape),
     )
     flags = BACKWARD_FLAGS.value + 2 * triton.cdiv(m, BLOCK_M) + shape.PIECES
@@ -246,7 +246,7 @@ def mixing_backward(
         parts = new(sizes, dtype=single) if sizes else None
         out = new(length, dtype=dtype) if sizes else None
         launch(
-            dy, weight, up, strip, side, x if sum_x else None, strip if sum_x else None,
+            dy, weight, dy, up, strip, side, x if sum_x else None, strip if sum_x else None,
             dy if sum_y else None, gated, dx, strip, gated, partial, parts, out, low, gates, words,
             counters(dy.device, flags),
         )  # fmt: skip

@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .blocks import product_layout
+
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7, and 3.6
 TICKET = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 
@@ -43,6 +45,24 @@ def make_ring(STAGES: gl.constexpr):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     return Ring(tickets, ready, empty)
+
+
+@gluon.jit
+def slot_memory(rows, weight, S: gl.constexpr):
+    """The ring's two parts: blocks of the rows' matrix, and of the weight, as they are copied."""
+    TALL: gl.constexpr = S.BLOCK_N if S.OUT_MAJOR else S.BLOCK_K
+    LONG: gl.constexpr = S.BLOCK_K if S.OUT_MAJOR else S.BLOCK_N
+    xs = gl.allocate_shared_memory(rows.dtype, [S.STAGES, S.BLOCK_M, S.BLOCK_K], rows.layout)
+    ws = gl.allocate_shared_memory(rows.dtype, [S.STAGES, TALL, LONG], weight.layout)
+    return xs, ws
+
+
+@gluon.jit
+def parts_of(memory, source, SIZE: gl.constexpr, HEIGHT: gl.constexpr, WIDTH: gl.constexpr,
+             STAGES: gl.constexpr):  # fmt: skip
+    """A part of the ring, SIZE elements a slot, for blocks of another matrix."""
+    COUNT: gl.constexpr = STAGES * SIZE // (HEIGHT * WIDTH)
+    return memory._reinterpret(source.dtype, [COUNT, HEIGHT, WIDTH], source.layout)
 
 
 @gluon.jit
@@ -74,17 +94,42 @@ def await_item(ring, slot, phase):
 
 
 @gluon.jit
-def place(item, tiles_m, S: gl.constexpr):
-    """Tile (m, n) of an item, and whether it makes a slice of the strip: the first MAKERS columns
-    do, and come first; the others follow in groups of rows that share columns in the L2 cache."""
-    makes = item < tiles_m * S.MAKERS
-    index = gl.where(makes, 0, item - tiles_m * S.MAKERS)
-    first = index // (S.GROUP_M * S.OTHERS) * S.GROUP_M
+def is_maker(item, makers, slack):
+    """Whether an item makes a slice of the strip, and how many makers come before it.
+
+    `slack` makers come first, then as many tiles as there are programs left, then the other makers:
+    so the programs that take the first of them take them all, where `slack` is the number of
+    programs that will have a tile fewer than others.
+    """
+    programs = gl.num_programs(0)
+    later = makers - slack
+    before = min(item, slack) + max(0, min(item - programs, later))
+    makes = (item < slack) | ((item >= programs) & (item < programs + later))
+    return makes, before
+
+
+@gluon.jit
+def is_sum(item, others, start, gap, early):
+    """Whether an item is a sum over tokens, and its index among those or among the others.
+
+    `early` sums come one after every `gap` others from `start` on, the rest at the end.
+    """
+    ahead = item - start
+    turn = ahead // (gap + 1)
+    passed = gl.where(ahead < 0, 0, min(early, turn + 1))
+    inserted = (ahead >= 0) & (ahead % (gap + 1) == 0) & (turn < early)
+    late = item - passed >= others
+    index = gl.where(late, item - others, item - passed)
+    return inserted | late, gl.where(inserted, turn, index)
+
+
+@gluon.jit
+def tile_at(index, tiles_m, S: gl.constexpr):
+    """Tile (m, n), in groups of rows that go through the columns together, sharing the L2 cache."""
+    first = index // (S.GROUP_M * S.TILES_N) * S.GROUP_M
     height = min(tiles_m - first, S.GROUP_M)
-    inside = index % (S.GROUP_M * S.OTHERS)
-    tile_m = gl.where(makes, item // S.MAKERS, first + inside % height)
-    tile_n = gl.where(makes, item % S.MAKERS, S.MAKERS + inside // height)
-    return tile_m, tile_n, makes
+    inside = index % (S.GROUP_M * S.TILES_N)
+    return first + inside % height, inside // height
 
 
 @gluon.jit
@@ -160,6 +205,39 @@ def finish(acc, ring, last):
     total = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(ring.empty.index(last), count=1)
     return total
+
+
+@gluon.jit
+def contract(
+    slots,
+    ring,
+    slot,
+    phase,
+    LENGTH: gl.constexpr,
+    STRIP: gl.constexpr,
+    BLOCK: gl.constexpr,
+    OUT_MAJOR: gl.constexpr,
+    SIDE_OUT_MAJOR: gl.constexpr,
+    S: gl.constexpr,
+):
+    """One tile: the product over LENGTH columns, and over STRIP of them, BLOCK at a time.
+
+    Returns it, the next slot and its phase.
+    """
+    wide: gl.constexpr = product_layout(S.BLOCK_N, gl.num_warps())
+    STEPS: gl.constexpr = (LENGTH + S.BLOCK_K - 1) // S.BLOCK_K
+    MORE: gl.constexpr = (STRIP + BLOCK - 1) // BLOCK
+    PER_SLOT: gl.constexpr = S.BLOCK_K // BLOCK
+    acc = warpgroup_mma_init(gl.zeros((S.BLOCK_M, S.BLOCK_N), gl.float32, layout=wide))
+    acc, slot, phase, last = multiply(
+        acc, slots.xs, slots.ws, ring, slot, phase, slot, False, STEPS,
+        1, 1, False, OUT_MAJOR, S.STAGES,
+    )  # fmt: skip
+    acc, slot, phase, last = multiply(
+        acc, slots.ss, slots.us, ring, slot, phase, last, True, MORE,
+        PER_SLOT, PER_SLOT, False, SIDE_OUT_MAJOR, S.STAGES,
+    )  # fmt: skip
+    return finish(acc, ring, last), slot, phase
 
 
 @gluon.jit

@@ -1,8 +1,6 @@
 """Sizes and flags of Hopper's kernels, all known when a kernel is compiled.
 
-`side` [HEAD + R, K] holds the mixer's rows, see `gates`, and A of all adapters below them.  In the
-forward few ranks and the mixer are one block of columns for the makers of the strip; else every
-maker has WIDTH of the ranks, and the mixer's rows in a product of its own.
+`side` [HEAD + R, K] holds the mixer's rows, see `gates`, and A of all adapters below them.
 """
 
 from dataclasses import dataclass
@@ -15,10 +13,10 @@ BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 GROUP_M = 8
 COLUMNS = 128  # of x or dY in an item of the sums over tokens
 SLOT_M, SLOT_N = BLOCK_M * BLOCK_K, BLOCK_N * BLOCK_K  # elements of a slot's two parts
-WIDEST = 64  # columns of a maker, and of a step of the strip
+STAGES, PARTS = 4, 4  # slots, and parts in which a tile is stored: all of shared memory
+WIDEST = 64  # columns of a step of the strip
 MOST_RANKS = 256
 MOST_SUMMED = 256  # columns of a sum over tokens
-CHUNK = 1024  # rows of an item of the sums over tokens
 
 
 def columns(count: int) -> int:
@@ -71,6 +69,10 @@ class Forward:
     BLOCK_N = BLOCK_N
     BLOCK_K = BLOCK_K
     GROUP_M = GROUP_M
+    STAGES = STAGES
+    PARTS = PARTS
+    SLOT_M = SLOT_M
+    SLOT_N = SLOT_N
 
     @property
     def E(self) -> int:
@@ -89,18 +91,13 @@ class Forward:
         return triton.cdiv(self.N, BLOCK_N)
 
     @property
-    def OTHERS(self) -> int:
-        """Columns of tiles that make no strip."""
-        return max(1, self.TILES_N - self.MAKERS)
-
-    @property
     def JOINED(self) -> bool:
-        """Whether one block holds the mixer's rows and all ranks."""
+        """Whether a maker's block holds the mixer's rows and all ranks; else it holds ranks alone,
+        and the mixer's rows are multiplied apart from them."""
         return self.GATED and not self.DROPOUT and self.HEAD + self.RANKS <= WIDEST
 
     @property
     def ROUTER(self) -> bool:
-        """Whether the mixer's rows are multiplied apart from the ranks."""
         return self.GATED and not self.JOINED
 
     @property
@@ -115,12 +112,18 @@ class Forward:
 
     @property
     def WIDTH(self) -> int:
-        return min(WIDEST, columns(self.SHIFT + self.RANKS))
+        """Columns of a maker's block."""
+        return min(2 * WIDEST, columns(self.SHIFT + self.RANKS))
 
     @property
     def MAKERS(self) -> int:
-        """Columns of tiles that make the strip."""
+        """Items that make the strip of a row block, each of WIDTH ranks."""
         return 1 if self.JOINED else triton.cdiv(self.RANKS, self.WIDTH)
+
+    @property
+    def DEPTH(self) -> int:
+        """Columns of x in a maker's step: what fits into a slot beside its rows of `side`."""
+        return 64 if self.ROUTER or self.WIDTH > WIDEST else 128
 
     @property
     def BLOCK_R(self) -> int:
@@ -136,15 +139,6 @@ class Forward:
     def WORDS(self) -> int:
         """Words of a row of the mask."""
         return triton.cdiv(self.K, 32)
-
-    @property
-    def STAGES(self) -> int:
-        return 4 if self.WIDTH <= 32 and not self.ROUTER else 3
-
-    @property
-    def PARTS(self) -> int:
-        """In how many parts a tile is stored: what the ring leaves of shared memory."""
-        return 4 if self.STAGES == 4 else 2
 
 
 @dataclass(frozen=True)
@@ -165,9 +159,11 @@ class Backward:
     BLOCK_N = BLOCK_N
     BLOCK_K = BLOCK_K
     GROUP_M = GROUP_M
-    COLUMNS = COLUMNS
+    STAGES = STAGES
+    PARTS = PARTS
     SLOT_M = SLOT_M
     SLOT_N = SLOT_N
+    COLUMNS = COLUMNS
 
     @property
     def E(self) -> int:
@@ -197,17 +193,18 @@ class Backward:
 
     @property
     def WIDTH(self) -> int:
-        """Ranks of a maker: fewer where many adapters' gates want registers too."""
-        return min(WIDEST if self.E <= 4 else WIDEST // 2, columns(self.RANKS))
+        """Ranks of a maker."""
+        return min(WIDEST, columns(self.RANKS))
 
     @property
     def MAKERS(self) -> int:
+        """Items that make the strip of a row block."""
         return triton.cdiv(self.RANKS, self.WIDTH)
 
     @property
-    def OTHERS(self) -> int:
-        """Columns of tiles that make no strip."""
-        return max(1, self.TILES_N - self.MAKERS)
+    def DEPTH(self) -> int:
+        """Columns of dY in a maker's step."""
+        return SLOT_N // BLOCK_M
 
     @property
     def COUNT(self) -> int:
@@ -268,11 +265,3 @@ class Backward:
     @property
     def WORDS(self) -> int:
         return triton.cdiv(self.K, 32)
-
-    @property
-    def STAGES(self) -> int:
-        return 4 if self.WIDTH <= 32 else 3
-
-    @property
-    def PARTS(self) -> int:
-        return 4 if self.STAGES == 4 or self.DROPOUT else 2

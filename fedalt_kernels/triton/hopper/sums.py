@@ -51,19 +51,7 @@ def produce_sum(
 
 
 @gluon.jit
-def _drop(block, p_words, row, column, M, ROWS: gl.constexpr, S: gl.constexpr):
-    """Zeroes what the mask does not keep of a block in shared memory."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    o_row = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lay))
-    words = words_of(p_words, o_row, column, M, S.WORDS, S.COLUMNS, lay)
-    block.store(dropped(block.load(lay), words, S.COLUMNS, lay))
-    fence_async_shared()
-    barrier()
-
-
-@gluon.jit
 def _sum_kept(
-    acc,
     cs,
     fs,
     ring,
@@ -78,21 +66,42 @@ def _sum_kept(
     WIDTH: gl.constexpr,
     S: gl.constexpr,
 ):
-    """acc + xᵀ · factor of the kept elements, and of all of them in the mixer's columns."""
+    """xᵀ · factor of the kept elements, and of all of them in the mixer's columns.
+
+    What is not kept becomes zero in shared memory, between the two products.
+    """
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    sums: gl.constexpr = product_layout(WIDTH, gl.num_warps())
     mixer: gl.constexpr = product_layout(S.LOGITS, gl.num_warps())
-    plain = gl.zeros((S.COLUMNS, S.LOGITS), gl.float32, layout=mixer)
+    acc = warpgroup_mma_init(gl.zeros((S.COLUMNS, WIDTH), gl.float32, layout=sums))
+    plain = warpgroup_mma_init(gl.zeros((S.COLUMNS, S.LOGITS), gl.float32, layout=mixer))
+    o_row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lay))
+    words = words_of(p_words, o_row, column, M, S.WORDS, S.COLUMNS, lay)
+    last = slot + 0
     for row in range(first, end, ROWS):
         mbarrier.wait(ring.ready.index(slot), phase)
         block = cs.index(slot * (S.SLOT_N // (ROWS * S.COLUMNS)))
         b_factor = fs.index(slot * (S.SLOT_M // (ROWS * WIDTH)))
         if S.MIXER:
             b_mixer = b_factor.slice(0, S.HEAD, dim=1)
-            plain = warpgroup_mma(block.permute((1, 0)), b_mixer, plain)
-        _drop(block, p_words, row, column, M, ROWS, S)
-        acc = warpgroup_mma(block.permute((1, 0)), b_factor, acc)
-        mbarrier.arrive(ring.empty.index(slot), count=1)
+            plain = warpgroup_mma(block.permute((1, 0)), b_mixer, plain, is_async=True)
+        b_kept = dropped(block.load(lay), words, S.COLUMNS, lay)
+        o_row += ROWS
+        words = words_of(p_words, o_row, column, M, S.WORDS, S.COLUMNS, lay)
+        made, found = warpgroup_mma_wait(0, deps=(acc, plain))
+        mbarrier.arrive(ring.empty.index(last), count=1, pred=row > first)
+        block.store(b_kept)
+        fence_async_shared()
+        barrier()
+        plain = warpgroup_mma_init(found)
+        acc = warpgroup_mma(
+            block.permute((1, 0)), b_factor, warpgroup_mma_init(made), is_async=True
+        )
+        last = slot + 0
         slot, phase = advance(slot, phase, S.STAGES)
-    return acc, plain, slot, phase
+    total, rest = warpgroup_mma_wait(0, deps=(acc, plain))
+    mbarrier.arrive(ring.empty.index(last), count=1)
+    return total, rest, slot, phase
 
 
 @gluon.jit
@@ -173,10 +182,8 @@ def sum_downs(
     column = piece * S.COLUMNS
     p_piece = p_shares + piece * (S.COLUMNS * S.MOST)
     if S.DROPOUT:
-        sums: gl.constexpr = product_layout(S.WIDTH_X, gl.num_warps())
-        total = gl.zeros((S.COLUMNS, S.WIDTH_X), gl.float32, layout=sums)
         total, plain, slot, phase = _sum_kept(
-            total, cs, fs, ring, slot, phase, p_words, column, first, end, M, S.ROWS_X, S.WIDTH_X, S
+            cs, fs, ring, slot, phase, p_words, column, first, end, M, S.ROWS_X, S.WIDTH_X, S
         )
         MIXED: gl.constexpr = S.HEAD if S.MIXER else 0
         total, complete = _add_shares(total, plain, p_piece, arrived, share, shares, MIXED, S)
