@@ -173,7 +173,7 @@ def _described(kernel: JITFunction, given: dict[str, Any]) -> Launch:
         flags += [POINTED[given["weight"].dtype], *map(str, given["BLOCKS"])]
     elif "target" in given:
         flags += ["to", POINTED[given["target"].dtype], *map(str, given.get("BLOCKS", ()))]
-    named = (given.get(name) for name in ("x", "dy", "left", "source", "down", "words"))
+    named = (given.get(name) for name in ("x", "dy", "left", "source", "packed", "words"))
     first = next(value for value in named if value is not None)
     dtype = POINTED[first.dtype if isinstance(first, Tensor) else first.base.dtype]
     rows = given.get("BLOCK_C", given.get("BLOCK_M", 0))

@@ -32,7 +32,7 @@ it is dequantized again.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,55 +40,76 @@ from torch import Tensor
 from . import operators
 from .adapter import Adapter, Branches, Factors, rows_of
 from .choice import plain
+from .dispatch import undifferentiated
 from .dropout import keep_scale
 from .quantized import QuantizedWeight
 from .reference import reference
+
+
+class Call(NamedTuple):
+    """What a call takes beside the tensors that may want a gradient."""
+
+    constants: tuple[Any, ...]  # of its kind, see `kinds.Kind`
+    weight: Tensor | QuantizedWeight
+    bias: Tensor | None
+    seed: Tensor | None
+    strip: Any
 
 
 class MixedLoRA(torch.autograd.Function):
     """The equations above, over x of any leading shape; `mixed_lora` is its typed form."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mixer: Tensor | None,
-        seed: Tensor | None,
-        constants: tuple[Any, ...],
-        strip: Any,
-        *tensors: Tensor,
-    ) -> Tensor:
-        impl, *_ = ctx.constants = constants
-        branches = _branches(mixer, seed, constants, tensors)
-        base = _base(weight, constants, tensors)
-        forward, _ = _implementation(impl)
-        made = () if strip is None else (strip,)
-        y, low, gates, *more = forward(rows_of(x), base, bias, branches, *made)
-        ctx.save_for_backward(x, weight, low, gates, mixer, seed, *tensors, *more)
-        return y.view(*x.shape[:-1], base.shape[0])
+    def forward(ctx: Any, call: Call, x: Tensor, mixer: Tensor | None, *factors: Tensor) -> Tensor:
+        weight, seed = call.weight, call.seed
+        ctx.constants = call.constants
+        y, (low, gates, *more) = _forward(call, x, mixer, factors)
+        base = (weight,) if isinstance(weight, Tensor) else weight.tensors
+        ctx.save_for_backward(x, low, gates, mixer, seed, *factors, *base, *more)
+        ctx.base_end = len(factors) + len(base)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling() and _is_transformed(dy):
             return _backward_of_reference(ctx, dy)
-        x, weight, low, gates, mixer, seed, *rest = ctx.saved_tensors
-        asked = ctx.needs_input_grad
-        tensors, more = rest[: len(asked) - 7], rest[len(asked) - 7 :]
-        branches = _branches(mixer, seed, ctx.constants, tensors)
-        base = _base(weight, ctx.constants, tensors)
-        end = 7 + 2 * len(branches.downs)
-        needs = [asked[0], asked[3], *asked[7:end]]
+        x, low, gates, mixer, seed, factors, base, more = _saved(ctx)
+        branches = _branches(ctx.constants, mixer, seed, factors)
+        needs = ctx.needs_input_grad[1:]
         _, backward = _implementation(ctx.constants[0])
-        rows, drows = rows_of(x), dy.reshape(-1, base.shape[0]).contiguous()
-        with _without_autocast(x.device.type):
-            grads = iter(backward(drows, rows, base, low, gates, branches, needs, *more))
-        dx, dmixer, *dfactors = [next(grads) if need else None for need in needs]
-        if dx is not None:
-            dx = dx.view(x.shape)
-        packed = [None] * (len(asked) - end)
-        return dx, None, None, dmixer, None, None, None, *dfactors, *packed
+        with _without_autocast(x.device.type), undifferentiated():
+            drows = dy.reshape(-1, base.shape[0]).contiguous()
+            grads = iter(backward(drows, rows_of(x), base, low, gates, branches, needs, *more))
+            dx, *others = [next(grads) if need else None for need in needs]
+            return None, None if dx is None else dx.view(x.shape), *others
+
+
+# PyTorch's own `apply` in C; the one in Python looks for what only torch.func's transforms leave.
+_apply = super(torch.autograd.Function, MixedLoRA).apply
+
+
+def _forward(
+    call: Call, x: Tensor, mixer: Tensor | None, factors: Factors
+) -> tuple[Tensor, Sequence[Any]]:
+    """y, and what the implementation returns beside it: P, the gates, what its backward can use."""
+    constants, weight, bias, seed, strip = call
+    forward, _ = _implementation(constants[0])
+    branches = _branches(constants, mixer, seed, factors)
+    made = () if strip is None else (strip,)
+    with undifferentiated():
+        y, *rest = forward(rows_of(x), weight, bias, branches, *made)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), rest
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """x, P, the gates, the mixer, the seed, the factors, the base weight, and what is left."""
+    x, low, gates, mixer, seed, *rest = ctx.saved_tensors
+    _, count, *_, layout, _ = ctx.constants
+    base: Any = rest[2 * count]
+    if layout is not None:
+        kind, shape, blocks = layout
+        base = QuantizedWeight(kind, shape, tuple(rest[2 * count : ctx.base_end]), blocks)
+    return x, low, gates, mixer, seed, rest[: 2 * count], base, rest[ctx.base_end :]
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -105,11 +126,9 @@ def _is_transformed(dy: Tensor) -> bool:
 
 def _backward_of_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch's own operations, to be differentiated again or batched by vmap."""
-    x, weight, _, _, mixer, seed, *rest = ctx.saved_tensors
-    tensors = rest[: len(ctx.needs_input_grad) - 7]
+    x, _, _, mixer, seed, factors, base, _ = _saved(ctx)
     _, count, weights, scaling, threshold, *_ = ctx.constants
-    downs, ups = tensors[:count], tensors[count : 2 * count]
-    base = _base(weight, ctx.constants, tensors)
+    downs, ups = factors[:count], factors[count:]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y = reference(
             x,
@@ -121,7 +140,7 @@ def _backward_of_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             dropout_p=threshold / 256,
             seed=seed,
         )
-    inputs = (x, None, None, mixer, None, None, None, *tensors)
+    inputs = (None, x, mixer, *factors)
     asked = [i for i, need in enumerate(ctx.needs_input_grad) if need]
     wanted = [inputs[i] for i in asked]
     found = torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled())
@@ -130,21 +149,11 @@ def _backward_of_reference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _branches(
-    mixer: Tensor | None, seed: Tensor | None, constants: tuple[Any, ...], tensors: Factors
+    constants: tuple[Any, ...], mixer: Tensor | None, seed: Tensor | None, factors: Factors
 ) -> Branches:
     _, count, weights, scaling, threshold, schedule, _, kind = constants
-    downs, ups = tensors[:count], tensors[count : 2 * count]
+    downs, ups = factors[:count], factors[count:]
     return Branches(downs, ups, mixer, weights, scaling, threshold, seed, schedule, kind)
-
-
-def _base(
-    weight: Tensor | None, constants: tuple[Any, ...], tensors: Factors
-) -> Tensor | QuantizedWeight:
-    """The base weight, of which a quantized one's tensors come after the factors."""
-    if weight is not None:
-        return weight
-    _, count, *_, (kind, shape, blocks), _ = constants
-    return QuantizedWeight(kind, shape, tuple(tensors[2 * count :]), blocks)
 
 
 def _implementation(impl: str) -> tuple[Any, Any]:
@@ -174,11 +183,10 @@ def mixed_lora(
     """
     learned = mixer if isinstance(mixer, Tensor) else None
     factors = [a for a, _ in adapters] + [b for _, b in adapters]
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        forward, _ = _implementation(constants[0])
-        branches = _branches(learned, seed, constants, factors)
-        made = () if strip is None else (strip,)
-        y, *_ = forward(rows_of(x), weight, bias, branches, *made)
-        return y.view(*x.shape[:-1], weight.shape[0])
-    base, packed = (weight, ()) if isinstance(weight, Tensor) else (None, weight.tensors)
-    return MixedLoRA.apply(x, base, bias, learned, seed, constants, strip, *factors, *packed)
+    call = Call(constants, weight, bias, seed, strip)
+    if torch.compiler.is_compiling():
+        return MixedLoRA.apply(call, x, learned, *factors)
+    if torch.is_grad_enabled():
+        return _apply(call, x, learned, *factors)
+    y, _ = _forward(call, x, learned, factors)
+    return y

@@ -42,7 +42,6 @@ from .weights import outline
 
 _forwards: Plans[Callable[..., Forward]] = Plans()
 _backwards: Plans[Callable[..., list[Tensor]]] = Plans()
-_strips: Plans[Callable[..., list[Strip]]] = Plans()
 
 
 def forward(
@@ -92,11 +91,12 @@ def backward(
     return _launched(x, plan, dy, x, weight, low, gates, branches, down, up)
 
 
-def shared_strips(x: Tensor, outputs: Sequence[int], layers: Sequence[Branches]) -> list[Strip]:
-    """S of several layers that read one x and differ only in values and outputs, in one pass."""
-    key = (_rows(x), tuple(outputs), *map(_adapters, layers))
-    plan = _strips.get(key) or _strips.made(key, lambda: plan_strips(x, outputs, layers[0]))
-    return _launched(x, plan, x, layers)
+def shared_strips(
+    x: Tensor, outputs: Sequence[int], first: Branches
+) -> Callable[[Tensor, Sequence[Branches]], list[Strip]]:
+    """Plans S of several layers that read such an x and differ only in values and outputs."""
+    plan = plan_strips(x, outputs, first)
+    return lambda x, layers: _launched(x, plan, x, layers)
 
 
 def worth_sharing(

@@ -144,8 +144,8 @@ def plan_strips(
         if threshold:
             seeds = torch.stack([each.seed for each in layers if each.seed is not None])
         low, strip, gates = project(x, packed, seeds)
-        kept = [None] * count if gates is None else gates
-        parts = zip(low, strip, kept, packed.downs, packed.ups, strict=True)
+        kept = [None] * count if gates is None else gates.unbind()
+        parts = zip(low.unbind(), strip.unbind(), kept, packed.downs, packed.ups, strict=True)
         return [Strip(*each) for each in parts]
 
     return run

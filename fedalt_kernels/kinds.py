@@ -1,6 +1,7 @@
 """What is settled once for every kind of call: whether its arguments fit, and what serves it."""
 
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Kind(NamedTuple):
 
 
 _kinds: Plans[Kind] = Plans()
+_of = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 def find(
@@ -47,7 +49,7 @@ def find(
         return _settle(x, weight, bias, adapters, mixer, settings)
     try:
         gates = _of(mixer) if isinstance(mixer, Tensor) else mixer
-        pairs = [(type(pair), *_of(pair[0]), *_of(pair[1])) for pair in adapters]
+        pairs = [(type(pair), *map(_of, pair)) for pair in adapters]
         bound = None if bias is None else _of(bias)
         key = _of_input(x), _of_base(weight), bound, gates, settings, *pairs
         found = _kinds.get(key)
@@ -56,10 +58,6 @@ def find(
     return found or _kinds.made(
         key, lambda: _settle(x, weight, bias, adapters, mixer, settings, object())
     )
-
-
-def _of(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _of_input(x: Tensor) -> tuple[Any, ...]:
@@ -82,8 +80,8 @@ _knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _of_base(weight: Tensor | QuantizedWeight) -> tuple[Any, ...]:
     if isinstance(weight, Tensor):
-        return *_of(weight), weight.stride()
-    tensors = [(*_of(tensor), tensor.is_contiguous()) for tensor in weight.tensors]
+        return _of(weight), weight.stride()
+    tensors = [(_of(tensor), tensor.is_contiguous()) for tensor in weight.tensors]
     return weight.kind, weight.shape, weight.blocks, *tensors
 
 

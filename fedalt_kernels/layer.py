@@ -204,7 +204,7 @@ class MixedLoRALinear(nn.Module):
             gates = torch.softmax(mixer, 0)
             adapters = tuple([Adapter(a, g * b) for g, (a, b) in zip(gates, adapters, strict=True)])
             mixer = None
-        made = None if self.shared is None else self.shared.take(self, x)
+        made = None if self.shared is None else self.shared.take(self, x, adapters)
         return mixed_lora_linear(
             x,
             self.weight,

@@ -10,12 +10,14 @@ of rows small enough to stay in cache, so no [M, K] mask or dropped copy of x ev
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .adapter import Branches, Factors
-from .dropout import mask_bytes
+from .dropout import keep_rows
 from .quantized import QuantizedWeight, dense
 
 # 2 MiB of float32: larger blocks leave the cache, smaller ones cost calls.
@@ -35,11 +37,10 @@ def forward(
     """
     down = _joined(branches.downs, 0, x.dtype)
     if branches.threshold:
-        low = x.new_empty(x.shape[0], down.shape[0])
-        for rows, keep in _masks(x, branches):
-            torch.mm(keep.mul_(x[rows]), down.t(), out=low[rows])  # [m, K] [K, R]
+        masked = (_mask(block, first, branches).mul_(block) for first, (block,) in _blocks(x))
+        low = _joined([linear(block, down) for block in masked], 0, x.dtype)  # [m, K] [K, R]
     else:
-        low = x @ down.t()  # [M, K] [K, R]
+        low = linear(x, down)  # [M, K] [K, R]
     gates = None if branches.mixer is None else _gates(x, branches.mixer)
     if gates is None:
         strip = low * branches.scaling
@@ -50,7 +51,7 @@ def forward(
         # As one more column it costs nothing; addmm would first copy it to every row of y.
         strip = torch.cat((strip, strip.new_ones(strip.shape[0], 1)), 1)
         up = torch.cat((up, bias.unsqueeze(1)), 1)
-    y = x @ dense(weight, x.dtype).t()  # [M, K] [K, N]
+    y = linear(x, dense(weight, x.dtype))  # [M, K] [K, N]
     y.addmm_(strip, up.t())  # [M, R + 1] [R + 1, N]
     return y, low, gates
 
@@ -114,7 +115,7 @@ def _add_plain(
         return []
     sizes = [row.shape[0] for row in rows]
     wanted = _columns(strip, sizes, needs_rows).t() @ x  # [wanted, M] [M, K]
-    return _pieces(wanted, rows, needs_rows, branches.scaling)
+    return _pieces(wanted, sizes, rows, needs_rows, branches.scaling)
 
 
 def _add_dropped(
@@ -128,22 +129,25 @@ def _add_dropped(
     """`_add_plain` with the mask between x and the adapters, made again block by block."""
     grads: list[Tensor] = []
     needs_mixer, needs_downs = needs_rows[0], needs_rows[1:]
-    if dlogits is not None and branches.mixer is not None:
-        if dx is not None:
-            _add_gate_gradient(dx, dlogits, branches.mixer, branches.scaling)
-        if needs_mixer:
-            wanted = dlogits.t() @ x  # [E, M] [M, K]
-            grads += _pieces(wanted, [branches.mixer], [True], branches.scaling)
+    mixer = branches.mixer
+    if dlogits is not None and mixer is not None and needs_mixer:
+        wanted = dlogits.t() @ x  # [E, M] [M, K]
+        grads += _pieces(wanted, [mixer.shape[0]], [mixer], [True], branches.scaling)
     down = _joined(branches.downs, 0, x.dtype)
     picked = _columns(dlow, _ranks(branches), needs_downs) if any(needs_downs) else None
-    total = x.new_zeros(0 if picked is None else picked.shape[1], x.shape[1], dtype=_wide(x.dtype))
-    for rows, keep in _masks(x, branches):
-        if dx is not None:
-            dx[rows].addcmul_(dlow[rows] @ down, keep, value=branches.scaling)  # [m, R] [R, K]
-        if picked is not None:
-            total += picked[rows].t() @ keep.mul_(x[rows])  # [wanted, m] [m, K]
-    if picked is not None:
-        grads += _pieces(total, branches.downs, needs_downs, branches.scaling)
+    total = None
+    for first, (block, dblock, dlows, dgates, picks) in _blocks(x, dx, dlow, dlogits, picked):
+        keep = _mask(block, first, branches)
+        if dblock is not None:
+            if dgates is not None and mixer is not None:
+                _add_gate_gradient(dblock, dgates, mixer, branches.scaling)
+            dblock.addcmul_(dlows @ down, keep, value=branches.scaling)  # [m, R] [R, K]
+        if picks is not None:
+            part = picks.t() @ keep.mul_(block)  # [wanted, m] [m, K]
+            total = _cast(part, _wide(x.dtype)) if total is None else total.add_(part)
+    if total is not None:
+        downs = branches.downs
+        grads += _pieces(total, _ranks(branches), downs, needs_downs, branches.scaling)
     return grads
 
 
@@ -162,35 +166,35 @@ def _up_gradients(
 ) -> list[Tensor]:
     """dB_e of the wanted adapters, from one product of their gated P with dY."""
     parts = []
-    start = 0
-    for e, rank in enumerate(_ranks(branches)):
+    ranks = _ranks(branches)
+    for e, rank in enumerate(ranks):
         if needs_ups[e]:
+            start = sum(ranks[:e])
             part = low[:, start : start + rank]
             if gates is not None:
                 part = _cast(part * gates[:, e : e + 1], low.dtype)
             elif branches.weights is not None:
                 part = part * branches.weights[e]
             parts.append(part)
-        start += rank
     gated = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     wanted = gated.t() @ dy  # [wanted, M] [M, N]; the other orientation is ten times slower
-    shapes = [b.t() for b in branches.ups]
-    return [piece.t() for piece in _pieces(wanted, shapes, needs_ups, branches.scaling)]
+    pieces = _pieces(wanted, ranks, branches.ups, needs_ups, branches.scaling)
+    return [piece.t() for piece in pieces]
 
 
 def _pieces(
-    wanted: Tensor, like: Sequence[Tensor], needs: Sequence[bool], scaling: float
+    wanted: Tensor,
+    sizes: Sequence[int],
+    like: Sequence[Tensor],
+    needs: Sequence[bool],
+    scaling: float,
 ) -> list[Tensor]:
-    """Scales merged rows and cuts them into the gradients of the needed ones of `like`."""
+    """Scales merged rows and cuts them into those of the needed ones, in the dtypes of `like`."""
     scaled = _cast(wanted, _wide(wanted.dtype)).mul_(scaling)
-    grads = []
-    start = 0
-    for owner, need in zip(like, needs, strict=True):
-        if need:
-            rows = owner.shape[0]
-            grads.append(_cast(scaled[start : start + rows], owner.dtype))
-            start += rows
-    return grads
+    rows = [size for size, need in zip(sizes, needs, strict=True) if need]
+    dtypes = [owner.dtype for owner, need in zip(like, needs, strict=True) if need]
+    parts = scaled.split_with_sizes(rows) if len(rows) > 1 else (scaled,)
+    return [_cast(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
 
 
 def _columns(merged: Tensor, sizes: Sequence[int], needs: Sequence[bool]) -> Tensor:
@@ -236,8 +240,8 @@ def _gates(x: Tensor, mixer: Tensor) -> Tensor:
         # Of two logits only the difference counts; taking it first halves the rounding, and a
         # sigmoid is several times faster than a softmax over two columns.
         differences = _cast(mixer - mixer.flip(0), x.dtype)
-        return torch.sigmoid(_cast(x @ differences.t(), wide))
-    return torch.softmax(x @ _cast(mixer, x.dtype).t(), -1, dtype=wide)
+        return torch.sigmoid(_cast(linear(x, differences), wide))
+    return torch.softmax(linear(x, _cast(mixer, x.dtype)), -1, dtype=wide)
 
 
 def _times_gates(low: Tensor, gates: Tensor, branches: Branches) -> Tensor:
@@ -258,15 +262,19 @@ def _sums(products: Tensor, branches: Branches) -> Tensor:
     return torch.stack([part.sum(1) for part in products.split(ranks, 1)], 1)
 
 
-def _masks(x: Tensor, branches: Branches) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows with their 0/1 mask in x's dtype, which the caller may overwrite."""
-    assert branches.seed is not None
+def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple[int, list[Any]]]:
+    """Blocks of rows that stay in cache: the first row's number, and those rows of each matrix."""
     rows, columns = x.shape
     height = max(1, BLOCK_ELEMENTS // columns)
-    buffer = x.new_empty(min(height, rows), columns)
-    start = 0
-    for block in mask_bytes(int(branches.seed), rows, columns, height):
-        keep = buffer[: block.shape[0]]
-        torch.ge(block.to(x.device), branches.threshold, out=keep)
-        yield slice(start, start + block.shape[0]), keep
-        start += block.shape[0]
+    if rows <= height:
+        yield 0, [x, *others]
+        return
+    for first in range(0, rows, height):
+        block = slice(first, first + height)
+        yield first, [matrix if matrix is None else matrix[block] for matrix in (x, *others)]
+
+
+def _mask(x: Tensor, first: int, branches: Branches) -> Tensor:
+    """The 0/1 mask of a block of rows, in x's dtype; the caller's own."""
+    seed, threshold = int(cast("Tensor", branches.seed)), branches.threshold
+    return keep_rows(seed, threshold, first, *x.shape).to(x.device, x.dtype)

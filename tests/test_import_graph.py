@@ -56,8 +56,17 @@ KERNELS = {
     },
     "kinds": {"adapter", "checks", "choice", "dropout", "plans", "quantized"},
     "operators": {"adapter", "fused", "merged", "quantized"},
-    "autograd": {"adapter", "choice", "dropout", "operators", "quantized", "reference"},
+    "autograd": {
+        "adapter",
+        "choice",
+        "dispatch",
+        "dropout",
+        "operators",
+        "quantized",
+        "reference",
+    },
     "choice": {"quantized", "triton", "triton.workspace"},
+    "dispatch": set(),
     "checks": {"adapter", "dropout", "quantized"},
     "api": {
         "adapter",
@@ -69,7 +78,7 @@ KERNELS = {
         "quantized",
         "reference",
     },
-    "sharing": {"adapter", "choice", "dropout", "fused", "plans"},
+    "sharing": {"adapter", "choice", "dispatch", "dropout", "fused", "plans"},
     "layer": {"adapter", "api", "checks", "quantized", "sharing"},
 }
 # Users call the front; the back computes, and knows nothing of the front.

@@ -1,4 +1,4 @@
-"""All adapters and the mixer laid side by side, in x's dtype, in one launch."""
+"""All adapters and mixers of layers laid side by side, in x's dtype, in one launch."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,6 +19,50 @@ BLOCK_R = 16
 
 @triton.jit
 def _pack(
+    downs,
+    ups,
+    mixers,
+    packed,
+    scaling,
+    K: tl.constexpr,
+    NS: tl.constexpr,
+    E: tl.constexpr,
+    EDGES: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One column of programs a layer; of `packed`, the parts are those of `packing`, in order."""
+    LAYERS: tl.constexpr = len(NS)
+    router = packed + LAYERS * RANKS * K
+    up = router + LAYERS * LOGITS * K if GATED else router
+    for layer in tl.static_range(LAYERS):
+        if tl.program_id(1) == layer:
+            _pack_layer(
+                downs[layer * E : (layer + 1) * E],
+                ups[layer * E : (layer + 1) * E],
+                mixers[layer] if GATED else None,
+                packed + layer * RANKS * K,
+                router + layer * LOGITS * K,
+                up,
+                scaling,
+                K,
+                NS[layer],
+                E,
+                EDGES,
+                RANKS,
+                BLOCK,
+                BLOCK_R,
+                GATED,
+                PRECISION,
+            )
+        up += NS[layer] * RANKS
+
+
+@triton.jit
+def _pack_layer(
     downs,
     ups,
     mixer,
@@ -52,7 +96,7 @@ def _pack(
             store_block(
                 router, b_router.to(tl.float32), 0, k, LOGITS, K, K, LOGITS, BLOCK, False, PRECISION
             )
-    else:
+    elif (program - TILES_K) * BLOCK < N:
         n = (program - TILES_K) * BLOCK
         o_n = n + tl.arange(0, BLOCK)
         for rank in tl.range(0, RANKS, BLOCK_R):
@@ -80,38 +124,39 @@ class Packed(NamedTuple):
 def packing(
     x: Tensor, outputs: Sequence[int], first: Branches, ranks: Ranks
 ) -> Callable[[Tensor, Sequence[Branches]], Packed]:
-    """Plans to fill a `Packed` of layers like the first, zero where nothing is."""
+    """Plans to fill a `Packed` of layers like the first, zero where nothing is.
+
+    The layers may differ in their outputs and in values; scaling is the first one's.
+    """
     k, count, gated = x.shape[1], len(outputs), first.mixer is not None
     narrow = [ranks.padded * k] * count + [LOGITS.value * k] * (count * gated)
     sizes = [*narrow, *(n * ranks.padded for n in outputs)]
     total, mixed = sum(sizes), are_mixed(first)
-    launches = [
-        Launch(
-            _pack,
-            (triton.cdiv(k, BLOCK) + triton.cdiv(n, BLOCK),),
-            ("downs", "ups", "mixer", "down", "router", "up"),
-            scaling=float(first.scaling),
-            K=k,
-            N=n,
-            E=len(first.downs),
-            EDGES=ranks.edges,
-            RANKS=ranks.padded,
-            BLOCK=BLOCK,
-            BLOCK_R=BLOCK_R,
-            GATED=gated,
-            PRECISION=precision(x.dtype),
-        )
-        for n in outputs
-    ]
+    launch = Launch(
+        _pack,
+        (triton.cdiv(k, BLOCK) + triton.cdiv(max(outputs), BLOCK), count),
+        ("downs", "ups", "mixers", "packed"),
+        scaling=float(first.scaling),
+        K=k,
+        NS=tuple(outputs),
+        E=len(first.downs),
+        EDGES=ranks.edges,
+        RANKS=ranks.padded,
+        BLOCK=BLOCK,
+        BLOCK_R=BLOCK_R,
+        GATED=gated,
+        PRECISION=precision(x.dtype),
+    )
 
     def run(x: Tensor, layers: Sequence[Branches]) -> Packed:
-        parts = torch.split_with_sizes(x.new_empty(total), sizes)
-        downs, routers, ups = parts[:count], parts[count:-count] or (None,) * count, parts[-count:]
-        for i, branches in enumerate(layers):
-            mixer = None if branches.mixer is None else branches.mixer.contiguous()
-            factors = sources(branches.downs, mixed), sources(branches.ups, mixed)
-            launches[i](*factors, mixer, downs[i], routers[i], ups[i])
-        return Packed(downs, routers, ups)
+        packed = x.new_empty(total)
+        downs = sources([a for branches in layers for a in branches.downs], mixed)
+        ups = sources([b for branches in layers for b in branches.ups], mixed)
+        mixers = [branches.mixer for branches in layers if branches.mixer is not None]
+        launch(downs, ups, sources(mixers, False) if gated else None, packed)
+        parts = torch.split_with_sizes(packed, sizes)
+        routers = parts[count:-count] or (None,) * count
+        return Packed(parts[:count], routers, parts[-count:])
 
     return run
 

@@ -57,18 +57,12 @@ def swap_gates(patch: pytest.MonkeyPatch) -> None:
 
 def forget_scaling(patch: pytest.MonkeyPatch) -> None:
     pieces = merged._pieces
-    patch.setattr(
-        merged, "_pieces", lambda rows, like, needs, scaling: pieces(rows, like, needs, 1.0)
-    )
+    patch.setattr(merged, "_pieces", lambda *arguments: pieces(*arguments[:-1], 1.0))
 
 
 def mirror_mask(patch: pytest.MonkeyPatch) -> None:
-    mask_bytes = merged.mask_bytes
-    patch.setattr(
-        merged,
-        "mask_bytes",
-        lambda *arguments: (block.flip(1) for block in mask_bytes(*arguments)),
-    )
+    keep_rows = merged.keep_rows
+    patch.setattr(merged, "keep_rows", lambda *arguments: keep_rows(*arguments).flip(1))
 
 
 def drop_softmax_mean(patch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """The mask: its bits by an independent generator, its statistics, and where it is applied."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_plain_philox_has_the_published_answers(
 @pytest.mark.parametrize("columns", [1, 17, 32, 70])
 def test_bytes_follow_the_documented_layout(columns: int, seed: int) -> None:
     rows = 5
-    (got,) = dropout.mask_bytes(seed, rows, columns, rows)
+    got = dropout.mask_bytes(seed, 0, rows, columns)
     calls = -(-columns // 32)
     for m in range(rows):
         for k in range(columns):
@@ -52,14 +54,27 @@ def test_bytes_follow_the_documented_layout(columns: int, seed: int) -> None:
 
 @pytest.mark.parametrize("block_rows", [1, 3, 64])
 def test_blocks_make_the_same_bytes(block_rows: int) -> None:
-    (whole,) = dropout.mask_bytes(SEED, 64, 70, 64)
-    assert torch.equal(torch.cat(list(dropout.mask_bytes(SEED, 64, 70, block_rows))), whole)
+    whole = dropout.mask_bytes(SEED, 0, 64, 70)
+    for first in range(0, 64, block_rows):
+        rows = min(block_rows, 64 - first)
+        got = dropout.mask_bytes(SEED, first, rows, 70)
+        assert np.array_equal(got, whole[first : first + rows])
+
+
+def test_threads_do_not_disturb_each_others_bytes() -> None:
+    """Each has a generator of its own, which lasts as long as the thread."""
+    seeds = [SEED, SEED + 1] * 20
+    expected = {seed: dropout.mask_bytes(seed, 3, 200, 300) for seed in seeds}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: dropout.mask_bytes(seed, 3, 200, 300), seeds))
+    for seed, got in zip(seeds, found, strict=True):
+        assert np.array_equal(got, expected[seed])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*63\)"):
-        next(dropout.mask_bytes(seed, 1, 1, 1))
+        dropout.mask_bytes(seed, 0, 1, 1)
 
 
 @pytest.mark.parametrize(

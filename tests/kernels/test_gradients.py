@@ -91,3 +91,15 @@ def test_frozen_adapter_carries_gradient_to_x_and_mixer() -> None:
     assert grads["dmixer"].abs().max() > 0
     assert without["dmixer"].abs().max() == 0
     assert not torch.equal(grads["dx"], without["dx"])
+
+
+@pytest.mark.parametrize("changed", ["x", "weight", "mixer", "a0", "b1"])
+def test_what_the_backward_reads_may_not_change_before_it(changed: str) -> None:
+    """Frozen tensors are watched as well."""
+    inputs = build(Case(frozen=(1,)))
+    y = apply(mixed_lora_linear, inputs, 0.3)
+    y.add_(1)  # the output itself is free
+    with torch.no_grad():
+        {"weight": inputs.weight, **inputs.tensors()}[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(inputs.dy)

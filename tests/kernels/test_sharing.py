@@ -1,14 +1,16 @@
 """Layers that read one x: one launch for all of them, and the same results bit for bit."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedalt_kernels import Fp8Linear, MixedLoRALinear, fused, fused_forward
+from fedalt_kernels import Fp8Linear, MixedLoRALinear, fused, fused_forward, sharing
 from fedalt_kernels.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,6 +123,37 @@ def test_layers_that_read_different_tensors_are_released(passes: list[int]) -> N
     layers[1](other)
     assert passes == [3, 1]
     assert all(layer.shared is None for layer in layers)
+
+
+def test_layers_of_other_dtypes_or_scales_serve_themselves(passes: list[int]) -> None:
+    layers = make_layers(0.0)
+    x = torch.randn(ROWS, K, device=DEVICE)
+    MixedLoRALinear.share_input(layers)
+    layers[0](x)
+    assert passes == [3]
+    layers[1].scaling *= 2
+    MixedLoRALinear.share_input(layers)
+    layers[0](x)
+    layers[1].scaling /= 2
+    layers[2].mixer.data = layers[2].mixer.data.bfloat16()
+    x = x.bfloat16()
+    for layer in layers:
+        layer.base.bfloat16()
+    MixedLoRALinear.share_input(layers)
+    layers[0](x)
+    assert passes == [3, 1, 1]
+
+
+def test_a_groups_plan_holds_no_tensor_of_the_call_that_made_it(passes: list[int]) -> None:
+    layers = make_layers(0.3)
+    MixedLoRALinear.share_input(layers)
+    x = torch.randn(ROWS, K, device=DEVICE)
+    layers[0](x)
+    held = [weakref.ref(each) for each in (x, *(p for layer in layers for p in layer.parameters()))]
+    assert sharing._plans
+    del layers, x
+    gc.collect()
+    assert [ref() for ref in held] == [None] * len(held)
 
 
 def test_few_rows_and_lone_wide_layers_keep_their_own_schedule(
