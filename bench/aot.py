@@ -27,11 +27,14 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fedalt_kernels import plans
 from fedalt_kernels.triton import tiles
+from fedalt_kernels.triton.hopper import planning
 
 from .measure import markdown
 from .setups import run_schedules, setups
@@ -135,6 +138,7 @@ def _recording(target: str, found: dict[str, Launch]) -> Iterator[None]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tiles, "architecture", lambda device: target),
+        patch.object(planning, "architecture", lambda device: target),
         patch.object(tiles, "tuned", lambda device: {}),
     ):
         yield
@@ -173,13 +177,25 @@ def _described(kernel: JITFunction, given: dict[str, Any]) -> Launch:
         flags += [POINTED[given["weight"].dtype], *map(str, given["BLOCKS"])]
     elif "target" in given:
         flags += ["to", POINTED[given["target"].dtype], *map(str, given.get("BLOCKS", ()))]
-    named = (given.get(name) for name in ("x", "dy", "left", "source", "packed", "words"))
+    named = (given.get(name) for name in ("x", "dy", "left", "source", "packed", "side", "words"))
     first = next(value for value in named if value is not None)
     dtype = POINTED[first.dtype if isinstance(first, Tensor) else first.base.dtype]
-    rows = given.get("BLOCK_C", given.get("BLOCK_M", 0))
+    if "S" in given:
+        tile, flags = _traits(given["S"])
+    rows = tile.get("BLOCK_M", 0) if "S" in given else given.get("BLOCK_C", given.get("BLOCK_M", 0))
     label = " ".join([dtype, "x".join(str(size) for size in tile.values()), *flags])
     key = f"{kernel.__name__} {signature} {constants} {divisible} {warps}"
     return Launch(kernel, label, signature, constants, tuple(divisible), warps, rows, key)
+
+
+def _traits(shape: Any) -> tuple[dict[str, int], list[str]]:
+    """What is to be told of a shape of Hopper's kernels."""
+    tile = {name: getattr(shape, name).value for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    flags = [f"ranks {shape.EDGES.value[1:]}"]
+    for name in ("GATED", "DROPOUT", "OUT_MAJOR"):
+        if getattr(shape, name).value:
+            flags.append(name.lower())
+    return tile, flags
 
 
 def _type_of(value: Any) -> Any:
@@ -187,6 +203,9 @@ def _type_of(value: Any) -> Any:
         return tuple(_type_of(each) for each in value)
     if isinstance(value, Tensor):
         return "*" + POINTED[value.dtype]
+    if isinstance(value, GluonDescriptor):
+        sides = list(value.block_shape)
+        return f"tensordesc<{DTYPES[value.base.dtype]}{sides},{value.layout!r}>"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
     return "fp32" if isinstance(value, float) else "i32"
@@ -195,7 +214,8 @@ def _type_of(value: Any) -> Any:
 def compile_launch(target: str, launch: Launch) -> Compiled:
     """Compiles and reads what the assembler made of it."""
     kernel, limits = launch.kernel.__name__.lstrip("_"), TARGETS[target]
-    source = ASTSource(
+    own = isinstance(launch.kernel, GluonJITFunction)
+    source = (GluonASTSource if own else ASTSource)(
         fn=launch.kernel,
         signature=launch.signature,
         constexprs=launch.constants,
@@ -220,6 +240,8 @@ def compile_launch(target: str, launch: Launch) -> Compiled:
         faults.append("spills")
     if made.metadata.shared > limits.most_shared:
         faults.append(f"shared memory over {limits.most_shared}")
+    if own:
+        faults += _missing(code)
     if not products and "fp32" not in launch.label and "dot" in made.asm["ttgir"]:
         faults.append(f"no {matrix}")
     return Compiled(
@@ -232,6 +254,17 @@ def compile_launch(target: str, launch: Launch) -> Compiled:
         products,
         ", ".join(faults),
     )
+
+
+def _missing(code: str) -> list[str]:
+    """What a kernel of Hopper's own lacks: copies, more registers for consumers, products in flight.
+
+    The assembler makes every product wait for the one before where registers are too few for it.
+    """
+    faults = [f"no {name}" for name in ("UTMALDG", "USETMAXREG") if name not in code]
+    if len(re.findall("WARPGROUP.DEPBAR", code)) >= len(re.findall("HGMMA", code)):
+        faults.append("serialized products")
+    return faults
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:

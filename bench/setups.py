@@ -8,8 +8,9 @@ import torch
 
 from fedalt_kernels import QuantizedWeight, fused
 from fedalt_kernels.adapter import Branches
-from fedalt_kernels.checks import SCHEDULES
-from fedalt_kernels.triton import tiles
+from fedalt_kernels.checks import HOPPER, SCHEDULES
+from fedalt_kernels.triton import hopper, tiles
+from fedalt_kernels.weights import outline
 
 M, N, K = 256, 512, 512
 # bitsandbytes' storages, then fp8, which is e4m3: sm_80 has none, and gfx942 another one.
@@ -44,6 +45,7 @@ def setups(target: str, dtype: torch.dtype) -> list[Setup]:
         found.append(Setup((64, 64), threshold=13))
         found.append(Setup((64, 64), rows=64))
         found.append(Setup((130, 20)))
+        found.append(Setup((16, 16), threshold=13))
     storages = [*STORAGES, "fp8"] if target in FP8_TARGETS else STORAGES
     found += [Setup((8, 8), storage=storage) for storage in storages]
     found += [Setup((8, 8), rows=tiles.DECODE_ROWS, storage=storage) for storage in storages]
@@ -70,6 +72,9 @@ def run_schedules(dtype: torch.dtype, setup: Setup) -> None:
         if tiles.unserved(schedule, rows, ranks, threshold > 0) is None:
             forced = branches._replace(schedule=schedule)
             fused.forward(rows, weight, torch.zeros(n, dtype=dtype), forced)
+    like, own = outline(weight, dtype), branches._replace(schedule=HOPPER)
+    if hopper.unserved(x, like, hopper.forward_shape(x, like, False, own)) is None:
+        fused.forward(x, weight, None, own)
     low = x.new_zeros(m, sum(sizes))
     gates = x.new_zeros(m, len(sizes), dtype=torch.float32) if gated else None
     needs = [True, gated] + ([True] + [False] * (len(sizes) - 1)) * 2
@@ -77,6 +82,9 @@ def run_schedules(dtype: torch.dtype, setup: Setup) -> None:
         if tiles.unserved(schedule, dy, ranks, threshold > 0, backward=True) is None:
             forced = branches._replace(schedule=schedule)
             fused.backward(dy, x, weight, low, gates, forced, needs)
+    shape = hopper.backward_shape(like, own, needs)
+    if hopper.serves_backward(dy, x, like, own, shape):
+        fused.backward(dy, x, weight, low, gates, own, needs)
 
 
 def _stored(storage: str, n: int, k: int) -> QuantizedWeight:

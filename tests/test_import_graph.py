@@ -26,6 +26,7 @@ KERNELS = {
         "triton.contract",
         "triton.decode",
         "triton.forward",
+        "triton.hopper",
         "triton.overlapped",
         "triton.pack",
         "triton.tiles",
@@ -39,6 +40,7 @@ KERNELS = {
         "triton.backward",
         "triton.contract",
         "triton.dropout",
+        "triton.hopper",
         "triton.overlapped_backward",
         "triton.pack",
         "triton.reduce",
@@ -80,6 +82,22 @@ KERNELS = {
     },
     "sharing": {"adapter", "choice", "dispatch", "dropout", "fused", "plans"},
     "layer": {"adapter", "api", "checks", "quantized", "sharing"},
+}
+# Of Hopper's own kernels, beside the shared parts that their plans and packing use.
+HOPPER = {
+    "blocks": set(),
+    "ring": {"blocks"},
+    "gates": set(),
+    "shapes": set(),
+    "order": {"shapes"},
+    "makers": {"blocks", "gates", "ring"},
+    "sums": {"blocks", "gates", "ring"},
+    "forward": {"blocks", "makers", "ring"},
+    "backward": {"blocks", "makers", "ring", "sums"},
+    "pack": {"shapes"},
+    "record": set(),
+    "planning": {"backward", "forward", "order", "pack", "record", "shapes"},
+    "": {"planning"},
 }
 # Users call the front; the back computes, and knows nothing of the front.
 FRONT = {"", "layer", "api", "checks", "choice", "kinds", "autograd", "operators", "sharing"}
@@ -138,8 +156,14 @@ def test_what_is_checked_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("module", [m for m in house.GRAPH if m.startswith("fedalt_kernels")])
 def test_kernels_follow_their_arrows(module: str) -> None:
     short = module.partition(".")[2]
-    if short.startswith("triton"):
-        shared = ("launch", "pack", "primitives", "quantized", "signals", "strips", "sums", "tiles")
+    shared = ("launch", "pack", "primitives", "quantized", "signals", "strips", "sums", "tiles")
+    if short.startswith("triton.hopper"):
+        mine = short.removeprefix("triton.hopper").lstrip(".")
+        allowed = {f"triton.hopper.{name}" for name in HOPPER[mine]} | {"triton.hopper"}
+        if mine in ("pack", "planning", "record"):
+            allowed |= {f"triton.{name}" for name in (*shared, "dropout", "workspace")}
+            allowed |= {"adapter"}
+    elif short.startswith("triton"):
         allowed = {f"triton.{name}" for name in (*shared, "workspace")} | {"adapter", "plans"}
     else:
         allowed = KERNELS[short]

@@ -16,13 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_init,
 )
 
-from .blocks import dropped, halves, product_layout, store_part, store_tile, words_of
-from .dlogits import leave_part, store_dlogits
-from .gates import owned_gate
+from .blocks import product_layout, store_masked, store_tile
+from .makers import make_dstrip
 from .ring import (
     advance,
     await_item,
@@ -35,7 +33,6 @@ from .ring import (
     make_ring,
     multiply,
     parts_of,
-    publish,
     slot_memory,
     take,
     tile_at,
@@ -167,99 +164,6 @@ def _produce(
 
 
 @gluon.jit
-def _make_strip(
-    spread,
-    p_strip,
-    p_gated,
-    p_partial,
-    p_low,
-    p_gates,
-    weights,
-    counts,
-    tile_m,
-    part,
-    tiles_m,
-    M,
-    half: gl.constexpr,
-    S: gl.constexpr,
-):
-    """A half of a maker's dP, its S where dB is wanted, and dl; announces them."""
-    thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
-    rows: gl.constexpr = gl.SliceLayout(1, thin)
-    dtype: gl.constexpr = p_strip.dtype.element_ty
-    row = tile_m * S.BLOCK_M + half * S.HALF_M
-    o_row = row + gl.arange(0, S.HALF_M, layout=rows)
-    o_rank = part * S.WIDTH + gl.arange(0, S.WIDTH, layout=gl.SliceLayout(0, thin))
-    o_tall = gl.expand_dims(o_row.to(gl.int64), 1)
-    o_flat = gl.expand_dims(o_rank, 0)
-    m_row = gl.expand_dims(o_row < M, 1)
-    m_low = m_row & (o_flat < S.RANKS)
-    b_low = gl.load(p_low + o_tall * S.RANKS + o_flat, mask=m_low, other=0.0).to(gl.float32)
-    gate = gl.zeros((S.HALF_M, S.WIDTH), gl.float32, layout=thin)
-    for e in gl.static_range(S.E):
-        if S.GATED:
-            mine = gl.load(p_gates + o_row.to(gl.int64) * S.E + e, mask=o_row < M, other=0.0)
-        else:
-            mine = gl.full([S.HALF_M], weights[e], gl.float32, rows)
-        gate = owned_gate(gate, mine, o_rank, e, S.EDGES)
-    p_block = p_strip + o_tall * S.STRIDE + S.HEAD + o_flat
-    gl.store(p_block, (spread * gate).to(dtype), mask=m_low)
-    if S.WIDTH_Y > 0:
-        p_block = p_gated + o_tall * S.STRIDE_UP + (o_flat - S.UPS[0])
-        m_up = m_row & (o_flat >= S.UPS[0]) & (o_flat < S.UPS[1])
-        gl.store(p_block, (b_low * gate).to(dtype), mask=m_up)
-    complete = True
-    if S.GATED:
-        products = spread * b_low
-        if S.MAKERS > 1:
-            slices = counts + FLAGS + tiles_m + 2 * (S.PIECES + tile_m) + half
-            complete = leave_part(products, o_rank, o_row, p_partial, slices, part, M, S)
-        if complete:
-            store_dlogits(products, o_rank, o_row, p_partial, p_gates, p_strip, M, S)
-    if complete:
-        publish(counts + FLAGS + tile_m)
-        gl.atomic_add(counts + 2, 1, sem="release", scope="gpu")
-
-
-@gluon.jit
-def _store_masked(
-    dx,
-    staging,
-    block,
-    b_strip,
-    b_side,
-    p_words,
-    row,
-    column,
-    M,
-    at: gl.constexpr,
-    WIDTH: gl.constexpr,
-    S: gl.constexpr,
-):
-    """As `store_tile`, of block + mask · dP A + dl G."""
-    if WIDTH == S.PIECE:
-        lay: gl.constexpr = product_layout(WIDTH, gl.num_warps())
-        b_mine = b_side.slice(at, WIDTH, dim=1)
-        rest = gl.zeros((S.HALF_M, WIDTH), gl.float32, layout=lay)  # of dl G, which has no mask
-        for s in gl.static_range(0, S.HEAD, 16):
-            rest = warpgroup_mma(b_strip.slice(s, 16, dim=1), b_mine.slice(s, 16, dim=0), rest)
-        low = gl.zeros((S.HALF_M, WIDTH), gl.float32, layout=lay)
-        for s in gl.static_range(S.HEAD, S.BLOCK_S, 16):
-            low = warpgroup_mma(b_strip.slice(s, 16, dim=1), b_mine.slice(s, 16, dim=0), low)
-        o_row = row + gl.arange(0, S.HALF_M, layout=gl.SliceLayout(1, lay))
-        words = words_of(p_words, o_row, column + at, M, S.WORDS, WIDTH, lay)
-        block += rest + dropped(low, words, WIDTH, lay)
-        store_part(dx, staging.index(at // WIDTH % 2), block, row, column + at)
-    else:
-        HALF: gl.constexpr = WIDTH // 2
-        left, right = halves(block, S.HALF_M, WIDTH)
-        _store_masked(dx, staging, left, b_strip, b_side, p_words, row, column, M, at, HALF, S)
-        _store_masked(
-            dx, staging, right, b_strip, b_side, p_words, row, column, M, at + HALF, HALF, S
-        )
-
-
-@gluon.jit
 def _consume(
     dx,
     ys,
@@ -320,9 +224,12 @@ def _consume(
                 spread, slots.ms, slots.ns, ring, slot, phase, slot, False, STEPS,
                 half, 1, PER_SLOT, False, False, S.STAGES,
             )  # fmt: skip
-            _make_strip(
+            tile_m = before // S.MAKERS
+            row = tile_m * S.BLOCK_M + half * S.HALF_M
+            slices = counts + FLAGS + tiles_m + 2 * (S.PIECES + tile_m) + half
+            make_dstrip(
                 finish(spread, ring, last), p_strip, p_gated, p_partial, p_low, p_gates, weights,
-                counts, before // S.MAKERS, before % S.MAKERS, tiles_m, M, half, S,
+                row, before % S.MAKERS, counts + FLAGS + tile_m, slices, counts + 2, M, S,
             )  # fmt: skip
         else:
             tile_m, tile_n = tile_at(index - before, tiles_m, S)
@@ -336,7 +243,7 @@ def _consume(
                 at = slot * (S.BLOCK_K // S.BLOCK_S)
                 b_strip = slots.ss.index(at).slice(half * S.HALF_M, S.HALF_M, dim=0)
                 b_side = slots.us.index(at)
-                _store_masked(
+                store_masked(
                     dx, ys, tile, b_strip, b_side, p_words, row, column, M, 0, S.BLOCK_N, S
                 )
                 mbarrier.arrive(ring.empty.index(slot), count=1)

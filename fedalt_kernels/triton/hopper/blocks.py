@@ -2,7 +2,11 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+)
 
 
 @gluon.constexpr_function
@@ -120,3 +124,41 @@ def store_tile(
         left, right = halves(block, S.HALF_M, WIDTH)
         store_tile(target, staging, left, bias, row, column, at, HALF, BIAS, S)
         store_tile(target, staging, right, bias, row, column, at + HALF, HALF, BIAS, S)
+
+
+@gluon.jit
+def store_masked(
+    dx,
+    staging,
+    block,
+    b_strip,
+    b_side,
+    p_words,
+    row,
+    column,
+    M,
+    at: gl.constexpr,
+    WIDTH: gl.constexpr,
+    S: gl.constexpr,
+):
+    """As `store_tile`, of block + mask · dP A + dl G."""
+    if WIDTH == S.PIECE:
+        lay: gl.constexpr = product_layout(WIDTH, gl.num_warps())
+        b_mine = b_side.slice(at, WIDTH, dim=1)
+        rest = gl.zeros((S.HALF_M, WIDTH), gl.float32, layout=lay)  # of dl G, which has no mask
+        for s in gl.static_range(0, S.HEAD, 16):
+            rest = warpgroup_mma(b_strip.slice(s, 16, dim=1), b_mine.slice(s, 16, dim=0), rest)
+        low = gl.zeros((S.HALF_M, WIDTH), gl.float32, layout=lay)
+        for s in gl.static_range(S.HEAD, S.BLOCK_S, 16):
+            low = warpgroup_mma(b_strip.slice(s, 16, dim=1), b_mine.slice(s, 16, dim=0), low)
+        o_row = row + gl.arange(0, S.HALF_M, layout=gl.SliceLayout(1, lay))
+        words = words_of(p_words, o_row, column + at, M, S.WORDS, WIDTH, lay)
+        block += rest + dropped(low, words, WIDTH, lay)
+        store_part(dx, staging.index(at // WIDTH % 2), block, row, column + at)
+    else:
+        HALF: gl.constexpr = WIDTH // 2
+        left, right = halves(block, S.HALF_M, WIDTH)
+        store_masked(dx, staging, left, b_strip, b_side, p_words, row, column, M, at, HALF, S)
+        store_masked(
+            dx, staging, right, b_strip, b_side, p_words, row, column, M, at + HALF, HALF, S
+        )

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .blocks import dropped, product_layout, store_tile, words_of
-from .gates import owned_gate, peak_logit, powers_of
+from .makers import make_strip
 from .ring import (
     advance,
     await_item,
@@ -29,7 +29,6 @@ from .ring import (
     leave_clean,
     make_ring,
     parts_of,
-    publish,
     slot_memory,
     take,
     tile_at,
@@ -136,51 +135,6 @@ def _produce(
         item = take(counts)
     hand_over(ring, slot, phase, item)
     mbarrier.arrive(ring.ready.index(slot), count=1)
-
-
-@gluon.jit
-def _store_strip(
-    b_low,
-    logits,
-    p_gated,
-    p_low,
-    p_gates,
-    flag,
-    weights,
-    row,
-    part,
-    M,
-    dtype: gl.constexpr,
-    S: gl.constexpr,
-):
-    """A maker's P, its S, and the gates; announces them."""
-    thin: gl.constexpr = product_layout(S.WIDTH, gl.num_warps())
-    rows: gl.constexpr = gl.SliceLayout(1, thin)
-    o_row = row + gl.arange(0, S.HALF_M, layout=rows)
-    o_rank = part * S.WIDTH - S.SHIFT + gl.arange(0, S.WIDTH, layout=gl.SliceLayout(0, thin))
-    gate = gl.zeros((S.HALF_M, S.WIDTH), gl.float32, layout=thin)
-    if S.GATED:
-        peak = peak_logit(logits, S.E)
-        total = powers_of(logits, peak, 0, S.E)
-        for e in gl.static_range(1, S.E):
-            total += powers_of(logits, peak, e, S.E)
-        for e in gl.static_range(S.E):
-            mine = gl.convert_layout(powers_of(logits, peak, e, S.E) / total, rows)
-            gate = owned_gate(gate, mine, o_rank, e, S.EDGES)
-            if part == 0:
-                gl.store(p_gates + o_row.to(gl.int64) * S.E + e, mine, mask=o_row < M)
-    else:
-        for e in gl.static_range(S.E):
-            mine = gl.full([S.HALF_M], weights[e], gl.float32, rows)
-            gate = owned_gate(gate, mine, o_rank, e, S.EDGES)
-    inside = gl.expand_dims((o_rank >= 0) & (o_rank < S.RANKS), 0)
-    m_low = gl.expand_dims(o_row < M, 1) & inside
-    o_tall = gl.expand_dims(o_row.to(gl.int64), 1)
-    p_strip = p_gated + o_tall * S.STRIDE + gl.expand_dims(o_rank, 0)
-    gl.store(p_strip, (b_low * gate).to(dtype), mask=m_low)
-    publish(flag)
-    p_block = p_low + o_tall * S.RANKS + gl.expand_dims(o_rank, 0)
-    gl.store(p_block, b_low.to(dtype), mask=m_low)
 
 
 @gluon.jit
@@ -301,7 +255,7 @@ def _consume(
                 b_low, b_parts, slot, phase = _project(slots, ring, slot, phase, half, S)
             logits = b_parts if S.ROUTER else b_low
             flag = counts + FLAGS + tile_m
-            _store_strip(
+            make_strip(
                 b_low, logits, p_gated, p_low, p_gates, flag, weights, row, part, M, y.dtype, S
             )
         else:

@@ -57,7 +57,7 @@ def serves_forward(x: Tensor, weight: Tensor, branches: Branches) -> bool:
         RuntimeError: it was asked for by name and cannot serve.
     """
     shape = forward_shape(x, weight, False, branches)
-    reason = _unserved(x, weight, shape)
+    reason = unserved(x, weight, shape)
     if branches.schedule == "hopper":
         if reason:
             raise RuntimeError(f"schedule 'hopper' cannot serve this call: {reason}")
@@ -72,7 +72,7 @@ def serves_backward(
     dy: Tensor, x: Tensor, weight: Tensor, branches: Branches, shape: Backward
 ) -> bool:
     """Whether a call is the backward kernel's; where it cannot serve, others do."""
-    reason = _unserved(dy, weight, shape) or _unserved(x, weight, shape)
+    reason = unserved(dy, weight, shape) or unserved(x, weight, shape)
     if shape.MOST > MOST_SUMMED:
         reason = f"gradients of {shape.MOST} ranks are wanted, and it sums up to {MOST_SUMMED}"
     if shape.DROPOUT and (shape.SIDE > WIDEST or shape.HEAD > 16):
@@ -85,7 +85,7 @@ def serves_backward(
     return backward_schedule(dy, weight, ranks, shape.DROPOUT) in ("overlapped", "split")
 
 
-def _unserved(rows: Tensor, weight: Tensor, shape: Forward | Backward) -> str | None:
+def unserved(rows: Tensor, weight: Tensor, shape: Forward | Backward) -> str | None:
     """Why a kernel cannot serve rows [M, ...]; None if it can."""
     if not runs_on(rows.device):
         return f"it is for sm_90, and this is {architecture(rows.device)}"
@@ -129,7 +129,7 @@ def mixing(
         ),
         {
             "x": Box(m, k, x.stride(0), (BLOCK_M, BLOCK_K)),
-            "weight": Box(*rows.shape, rows.stride(0), wide),
+            "weight": Box(rows.shape[0], rows.shape[1], rows.stride(0), wide),
             "x_rows": Box(m, k, x.stride(0), (BLOCK_M, shape.DEPTH)),
             "narrow": Box(high, k, k, (shape.WIDTH, shape.DEPTH)),
             "router": Box(shape.HEAD, k, k, (shape.HEAD, shape.DEPTH)) if shape.ROUTER else None,
@@ -167,7 +167,8 @@ def backward_shape(weight: Tensor, branches: Branches, needs: Sequence[bool]) ->
     downs, ups = (_wanted(edges, each) for each in (needs[2 : 2 + count], needs[2 + count :]))
     gated, dropout = branches.mixer is not None, branches.threshold > 0
     turned = stored(weight) is not weight
-    return Backward(*weight.shape, edges, gated, needs[1], downs, ups, dropout, turned)
+    n, k = weight.shape
+    return Backward(n, k, edges, gated, needs[1], downs, ups, dropout, turned)
 
 
 def _wanted(edges: tuple[int, ...], needs: Sequence[bool]) -> tuple[int, int]:
@@ -203,7 +204,7 @@ def mixing_backward(
         ),
         {
             "dy": Box(m, n, dy.stride(0), (BLOCK_M, BLOCK_K)),
-            "weight": Box(*rows.shape, rows.stride(0), wide),
+            "weight": Box(rows.shape[0], rows.shape[1], rows.stride(0), wide),
             "dy_rows": Box(m, n, dy.stride(0), (BLOCK_M, shape.DEPTH)),
             "up": Box(n, ranks, rounded_up(ranks), (shape.DEPTH, shape.WIDTH)),
             "strip": Box(m, shape.SIDE, shape.STRIDE, (BLOCK_M, shape.BLOCK_S)),

@@ -18,8 +18,8 @@ from ..tiles import architecture
 FOLDER = Path(__file__).parent
 RECORD = FOLDER / "proven.json"
 SOURCES = (
-    *("backward.py", "blocks.py", "dlogits.py", "forward.py"),
-    *("gates.py", "ring.py", "shapes.py", "sums.py"),
+    *("backward.py", "blocks.py", "forward.py", "gates.py"),
+    *("makers.py", "ring.py", "shapes.py", "sums.py"),
 )
 
 

@@ -37,7 +37,7 @@ def rounded_up(count: int, unit: int = 8) -> int:
 class Constants:
     """A shape as kernels take it, every attribute a constexpr."""
 
-    def __init__(self, shape: "Forward | Backward") -> None:
+    def __init__(self, shape: "Shape") -> None:
         self._shape = shape
 
     def __getattr__(self, name: str) -> Any:
@@ -54,16 +54,13 @@ class Constants:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """Of `forward`: y [M, N] of x [M, K]."""
+class Shape:
+    """What both directions have: a product's sizes, and the adapters beside it."""
 
     N: int
     K: int
-    EDGES: tuple[int, ...]
-    GATED: bool
-    BIAS: bool
-    DROPOUT: bool
-    OUT_MAJOR: bool  # W is stored as [N, K]
+    EDGES: tuple[int, ...]  # where each adapter's ranks begin, and where the last one's end
+    GATED: bool  # there is a mixer; else fixed gates
 
     BLOCK_M = BLOCK_M
     HALF_M = BLOCK_M // 2  # rows of one of the two consumers
@@ -71,7 +68,6 @@ class Forward:
     BLOCK_K = BLOCK_K
     GROUP_M = GROUP_M
     STAGES = STAGES
-    PIECE = BLOCK_N // 4  # columns of a tile that are stored at a time
     SLOT_M = SLOT_M
     SLOT_N = SLOT_N
 
@@ -85,7 +81,29 @@ class Forward:
 
     @property
     def HEAD(self) -> int:
+        """The mixer's rows of `side`."""
         return head_of(self.E, self.GATED)
+
+    @property
+    def LOGITS(self) -> int:
+        """Columns of a product with them."""
+        return max(16, self.HEAD)
+
+    @property
+    def WORDS(self) -> int:
+        """Words of a row of the mask."""
+        return triton.cdiv(self.K, 32)
+
+
+@dataclass(frozen=True)
+class Forward(Shape):
+    """Of `forward`: y [M, N] of x [M, K]."""
+
+    BIAS: bool
+    DROPOUT: bool
+    OUT_MAJOR: bool  # W is stored as [N, K]
+
+    PIECE = BLOCK_N // 4  # columns of a tile that are stored at a time
 
     @property
     def TILES_N(self) -> int:
@@ -100,11 +118,6 @@ class Forward:
     @property
     def ROUTER(self) -> bool:
         return self.GATED and not self.JOINED
-
-    @property
-    def LOGITS(self) -> int:
-        """Columns of that product."""
-        return max(16, self.HEAD)
 
     @property
     def SHIFT(self) -> int:
@@ -136,34 +149,17 @@ class Forward:
         """Of S and `up`."""
         return rounded_up(self.RANKS)
 
-    @property
-    def WORDS(self) -> int:
-        """Words of a row of the mask."""
-        return triton.cdiv(self.K, 32)
-
 
 @dataclass(frozen=True)
-class Backward:
+class Backward(Shape):
     """Of `backward`: dX [M, K] of dY [M, N], and the sums over tokens that are wanted."""
 
-    N: int
-    K: int
-    EDGES: tuple[int, ...]
-    GATED: bool
     MIXER: bool  # dG is wanted
     DOWNS: tuple[int, int]  # first and end of the ranks whose dA is; (0, 0) for none
     UPS: tuple[int, int]  # likewise dB
     DROPOUT: bool
     OUT_MAJOR: bool  # the rows of W as it is stored are dX's columns
 
-    BLOCK_M = BLOCK_M
-    HALF_M = BLOCK_M // 2  # rows of one of the two consumers
-    BLOCK_N = BLOCK_N
-    BLOCK_K = BLOCK_K
-    GROUP_M = GROUP_M
-    STAGES = STAGES
-    SLOT_M = SLOT_M
-    SLOT_N = SLOT_N
     COLUMNS = COLUMNS
     HALF_COLUMNS = COLUMNS // 2
 
@@ -171,23 +167,6 @@ class Backward:
     def PIECE(self) -> int:
         """Columns of a tile that are stored at a time; of a masked one a word of the mask's."""
         return 32 if self.DROPOUT else BLOCK_N // 4
-
-    @property
-    def E(self) -> int:
-        return len(self.EDGES) - 1
-
-    @property
-    def RANKS(self) -> int:
-        return self.EDGES[-1]
-
-    @property
-    def HEAD(self) -> int:
-        return head_of(self.E, self.GATED)
-
-    @property
-    def LOGITS(self) -> int:
-        """Columns of a block of the mixer's parts."""
-        return max(16, self.HEAD)
 
     @property
     def SIDE(self) -> int:
@@ -268,7 +247,3 @@ class Backward:
     def BELOW(self) -> int:
         """Rows [K] of `out` before dB: dG and dA."""
         return self.E * self.MIXER + self.DOWNS[1] - self.DOWNS[0]
-
-    @property
-    def WORDS(self) -> int:
-        return triton.cdiv(self.K, 32)

@@ -17,7 +17,7 @@ from . import language
 from .memory import Descriptor, Global, Pointer
 from .scheduler import Fault, Scheduler
 
-ORDER = ("blocks", "ring", "gates", "dlogits", "sums", "forward", "backward")
+ORDER = ("blocks", "ring", "gates", "makers", "sums", "forward", "backward")
 Kernels = dict[str, types.ModuleType]
 
 
