@@ -22,7 +22,7 @@ from fedalt.methods.method import Round
 from fedalt.model import states
 from fedalt.report.events import read_events
 from fedalt.run import federation as run
-from fedalt.run import rounds
+from fedalt.run import turn
 from fedalt.run.cohort import derive_seed
 from fedalt.store.checkpoint import Checkpoint, load_checkpoint
 from fedalt.training.client import TrainResult
@@ -200,19 +200,19 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
     }
 
     def train(model, examples, settings, loss, *, trains, seed, count, optimizer, on_step):
-        number, client = turn = turns[seed]
+        number, client = which = turns[seed]
         assert len(examples) == EXAMPLES[client]
-        seen.before[turn], seen.moments[turn] = states.adapter_state(model), optimizer
+        seen.before[which], seen.moments[which] = states.adapter_state(model), optimizer
         for parts in trains:
             states.set_trainable(model, parts)
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data += nudge(client, number, parameter.shape)
-        seen.trained[turn] = states.adapter_state(model)
+        seen.trained[which] = states.adapter_state(model)
         kept = {} if optimizer is None else {"w.step": torch.tensor(float(number))}
         return TrainResult(1.0, 3, kept)
 
-    hand_in = rounds.hand_in
+    hand_in = turn.hand_in
 
     def watch(state, parts, client):
         update = hand_in(state, parts, client)
@@ -220,8 +220,8 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
         seen.handed[number, client] = update
         return update
 
-    monkeypatch.setattr(rounds, "train_client", train)
-    monkeypatch.setattr(rounds, "hand_in", watch)
+    monkeypatch.setattr("fedalt.run.turn.train_client", train)
+    monkeypatch.setattr("fedalt.run.turn.hand_in", watch)
     monkeypatch.setattr(run, "_evaluate", _score)
     fedalt.Federation(config).run()
     return seen
