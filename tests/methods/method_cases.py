@@ -222,7 +222,7 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
 
     monkeypatch.setattr("fedalt.run.turn.train_client", train)
     monkeypatch.setattr("fedalt.run.turn.hand_in", watch)
-    monkeypatch.setattr(run, "_evaluate", _score)
+    monkeypatch.setattr(run, "evaluate_clients", _score)
     fedalt.Federation(config).run()
     return seen
 
