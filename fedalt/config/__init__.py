@@ -2,6 +2,7 @@
 
 from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
 from fedalt.config.listing import list_settings
+from fedalt.config.owners import federation_part, site_config, site_part
 from fedalt.config.schema import (
     BUILTIN_BASE,
     BUILTIN_VIT,
@@ -23,6 +24,9 @@ __all__ = [
     "ModelConfig",
     "PartitionConfig",
     "TrainConfig",
+    "federation_part",
     "list_settings",
     "load_config",
+    "site_config",
+    "site_part",
 ]

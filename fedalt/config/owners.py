@@ -17,6 +17,7 @@ SITES_OWN = (
     "model.device",
     "model.quantization",
     "lora.impl",
+    "lora.client_starts",
     "data.path",
     "data.sources",
     "data.splits",

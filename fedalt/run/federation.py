@@ -11,26 +11,21 @@ from typing import Any
 import torch
 
 from fedalt.config import Config
-from fedalt.errors import InputError, RunFailed
+from fedalt.errors import RunFailed
 from fedalt.methods import get_method
 from fedalt.report import count
 from fedalt.run.join import fit_in
 from fedalt.run.rounds import Play
-from fedalt.run.scoring import evaluate_clients, record_of, write_end
+from fedalt.run.scoring import begin, evaluate_clients, record_of, refuse_changed, write_end
 from fedalt.run.stage import Stage, set_stage
 from fedalt.store import (
-    CLIENTS,
     CONFIG,
-    NEXT,
-    Checkpoint,
     Draft,
     Journal,
     Progress,
     claim_run_dir,
     free_run_dir,
     load_latest,
-    refuse_changes,
-    settings_of,
     sole_writer,
     write_atomic,
     writing,
@@ -88,7 +83,7 @@ class Federation:
         config = self.config
         saved = load_latest(out) if resume else None
         if saved:
-            _refuse_changes(stage, saved, out)
+            refuse_changed(stage, saved, out)
         write_atomic(out / CONFIG, config.to_yaml())
 
         done = saved.round if saved else -1
@@ -151,21 +146,3 @@ def _device(stage: Stage) -> str:
     """Where the model is, by name: ``cpu``, or a GPU's own."""
     device = next(stage.model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def begin(stage: Stage, draft: Draft) -> dict[str, int]:
-    """Round 0: every client's first state."""
-    for member in stage.known:
-        state = stage.first_state(member.id)
-        draft.put(CLIENTS, member.id, state)
-        if stage.method.keeps_local:
-            draft.put(NEXT, member.id, state)
-    return {}
-
-
-def _refuse_changes(stage: Stage, saved: Checkpoint, out: Path) -> None:
-    refuse_changes(saved.record["settings"], settings_of(stage.config), saved.path)
-    before, now = saved.record["fingerprints"], stage.fingerprints
-    for name in now.keys() | before.keys():
-        if before.get(name) != now.get(name):
-            raise InputError(f"{out}: the {name} is not what it was when the run began; restore it")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedalt.errors import RunFailed
+from fedalt.errors import InputError, RunFailed
 from fedalt.evaluation import Answers
 from fedalt.model import INDIVIDUAL, REST_OF_WORLD, GateMeter, adapter_alone, load_adapter_state
 from fedalt.report import read_results, write_report
@@ -16,15 +16,38 @@ from fedalt.run.join import score, told
 from fedalt.run.stage import Member, Stage
 from fedalt.store import (
     CLIENTS,
+    NEXT,
     RESULTS,
+    Checkpoint,
+    Draft,
     Journal,
     Progress,
     StateFolder,
+    refuse_changes,
     settings_of,
     write_atomic,
     writing,
 )
 from fedalt.training import out_of_memory
+
+
+def begin(stage: Stage, draft: Draft) -> dict[str, int]:
+    """Round 0: every client's first state."""
+    for member in stage.known:
+        state = stage.first_state(member.id)
+        draft.put(CLIENTS, member.id, state)
+        if stage.method.keeps_local:
+            draft.put(NEXT, member.id, state)
+    return {}
+
+
+def refuse_changed(stage: Stage, saved: Checkpoint, out: Path) -> None:
+    """``InputError`` where settings, data or base are not what a checkpoint was made with."""
+    refuse_changes(saved.record["settings"], settings_of(stage.config), saved.path)
+    before, now = saved.record["fingerprints"], stage.fingerprints
+    for name in now.keys() | before.keys():
+        if before.get(name) != now.get(name):
+            raise InputError(f"{out}: the {name} is not what it was when the run began; restore it")
 
 
 def evaluate_clients(

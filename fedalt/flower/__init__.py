@@ -1,0 +1,1 @@
+"""The federation across machines, on Flower; nothing of Flower is imported unless asked."""
