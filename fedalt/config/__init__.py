@@ -2,7 +2,7 @@
 
 from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
 from fedalt.config.listing import list_settings
-from fedalt.config.owners import federation_part, site_config, site_part
+from fedalt.config.owners import federation_part, load_site, site_config, site_part
 from fedalt.config.schema import (
     BUILTIN_BASE,
     BUILTIN_VIT,
@@ -27,6 +27,7 @@ __all__ = [
     "federation_part",
     "list_settings",
     "load_config",
+    "load_site",
     "site_config",
     "site_part",
 ]

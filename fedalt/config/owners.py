@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fedalt.config.schema import Config
 from fedalt.config.settings import config_from_dict
@@ -62,3 +65,32 @@ def site_config(federation: Mapping[str, Any], site: Mapping[str, Any]) -> Confi
         group, _, name = key.rpartition(".")
         (settings.setdefault(group, {}) if group else settings)[name] = value
     return config_from_dict(settings)
+
+
+def load_site(path: str) -> dict[str, Any]:
+    """A site's own settings by dotted key, from its YAML.
+
+    Raises:
+        InputError: the file is missing or no YAML mapping, or a key is not a site's to set.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        where = path or "node config, site"
+        raise InputError(f"{where}: cannot read the site's settings: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise InputError(f"{path}: broken YAML") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: wants a mapping of settings, got {type(settings).__name__}")
+    groups = {key.partition(".")[0] for key in SITES_OWN if "." in key}
+    own: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in groups and isinstance(value, dict):
+            own |= {f"{key}.{inner}": item for inner, item in value.items()}
+        else:
+            own[str(key)] = value
+    try:
+        site_config({}, own)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return own
