@@ -9,6 +9,7 @@ from fedalt.config.schema import (
     Config,
     EvaluateConfig,
     ModelConfig,
+    PrivacyConfig,
     TrainConfig,
 )
 from fedalt.config.settings import load_config
@@ -23,6 +24,7 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "TrainConfig",
     "federation_part",
     "list_settings",

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
+from fedalt.config.privacy import PrivacyConfig
 from fedalt.errors import require, require_one_of
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "TrainConfig",
 ]
 
@@ -240,6 +242,7 @@ class Config:
     federation: FederationConfig = field(default_factory=FederationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
@@ -250,6 +253,9 @@ class Config:
         require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)
         threads_ok = self.threads is None or self.threads >= 1
         require(threads_ok, "threads", "at least 1, or null", self.threads)
+        held = self.federation.holdout
+        wanted = "0 with privacy.record_clip, since who joins later fits itself in without noise"
+        require(not (held and self.privacy.on), "federation.holdout", wanted, held)
         on_gpu = not self.model.device.startswith("cpu")
         paged = self.train.optimizer == "paged_adamw_8bit"
         wanted = "adamw or adamw_8bit on a CPU, which has no other memory to page to"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,7 @@ class Played:
     told: dict[str, dict[str, Any]] = field(default_factory=dict)
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     sums: Mapping[str, Tensor] | None = None
+    spent: int = 0
 
     def __post_init__(self) -> None:
         self.method = get_method(self.config.method)
@@ -66,13 +68,14 @@ class Played:
         config, journal = self.config, self.journal
         cast = drawn(sorted(self.mail.roll.clients), self.number, config)
         orders = {client: self.order(client, ROUND) for client in cast}
-        timeout = config.federation.round_timeout
+        timeout, began = config.federation.round_timeout, time.perf_counter()
         if config.federation.secure:
             answers = self._secure(orders, timeout)
         else:
             answers = self.mail.gather(orders, ROUND, self.number, timeout)
+        journal.time(self.number, "train", "", time.perf_counter() - began)
         reasons = [r for client in cast if (r := self._take(client, answers.get(client), timeout))]
-        if len(reasons) == len(self.mail.roll.clients):
+        if len(reasons) == len(self.mail.roll.clients) > self.spent:
             raise RunFailed(
                 f"round {self.number}: no site could train; {reasons[0]}; the same command goes on"
             )
@@ -157,6 +160,9 @@ class Played:
         said = answer.values
         event = dict(said.get("event") or {"event": "fail", "reason": said.get("refused", "")})
         kind = event.pop("event")
+        if said.get("privacy"):
+            self.journal.write("privacy", self.number, client, **said["privacy"])
+        self.spent += kind == "spent"
         if kind != "train":
             self.journal.write(kind, self.number, client, **event)
             return f"{client}: {event.get('reason')}"

@@ -127,15 +127,18 @@ class Server:
                 "metrics_bytes": journal.size,
             }
             saved = draft.commit(record, keep=config.save_total_limit)
+            if played.spent == len(roll.clients):
+                print("no site may train further: privacy.epsilon", file=sys.stderr, flush=True)
+                break
             print(
                 f"round {number}/{config.rounds}: {played.summary()}", file=sys.stderr, flush=True
             )
         assert saved is not None
-        played = Played(self._link, mail, config, config.rounds, saved, None, journal)
+        played = Played(self._link, mail, config, saved.round, saved, None, journal)
         told = mail.gather(
             {client: played.order(client, LAST) for client in roll.clients},
             LAST,
-            config.rounds,
+            saved.round,
             config.federation.round_timeout,
         )
         for client, answer in sorted(told.items()):

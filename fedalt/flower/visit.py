@@ -21,6 +21,7 @@ from fedalt.methods import Total, change_norm
 from fedalt.model import State
 from fedalt.report import read_events
 from fedalt.run import (
+    Ledger,
     Stage,
     begin,
     evaluate_clients,
@@ -92,7 +93,7 @@ class Visit:
             if saved is None:
                 saved = self._begin(journal, progress)
             if saved.round < upto:
-                saved = self._close(saved, upto, journal, progress)
+                saved = self._close(saved, upto, journal, progress, kind == LAST)
             self._stage.cuts.tell()
             if kind != LAST:
                 return _answer(self._out, self._train(saved, number, journal), self._asked)
@@ -102,7 +103,8 @@ class Visit:
     def _begin(self, journal: Journal, progress: Progress) -> Checkpoint:
         draft = Draft(self._out, 0)
         sent = begin(self._stage, draft)
-        return self._commit(draft, 0, sent, self._stage.config.train.micro_batch, journal, progress)
+        micro_batch, ledger = self._stage.config.train.micro_batch, self._ledger({})
+        return self._commit(draft, 0, sent, micro_batch, ledger, journal, progress, False)
 
     def _commit(
         self,
@@ -110,20 +112,25 @@ class Visit:
         number: int,
         sent: Mapping[str, int],
         micro_batch: int | None,
+        ledger: Ledger,
         journal: Journal,
         progress: Progress,
+        last: bool,
     ) -> Checkpoint:
         config = self._stage.config
-        if number % config.evaluate.every == 0 or number == config.rounds:
-            evaluate_clients(self._stage, draft, number, journal, progress)
+        if number % config.evaluate.every == 0 or last:
+            evaluate_clients(self._stage, draft, number, journal, progress, last)
         journal.sync()
-        record = record_of(self._stage, journal, sent, micro_batch)
+        record = record_of(self._stage, journal, sent, micro_batch, ledger)
         saved = draft.commit(record, keep=config.save_total_limit)
         progress.end_round(number)
         return saved
 
+    def _ledger(self, spent: Mapping[str, int]) -> Ledger:
+        return Ledger(self._stage.config, self._stage.known, spent)
+
     def _close(
-        self, saved: Checkpoint, number: int, journal: Journal, progress: Progress
+        self, saved: Checkpoint, number: int, journal: Journal, progress: Progress, last: bool
     ) -> Checkpoint:
         """End the rounds up to ``number``: what was trained, and the newest sum taken in."""
         method, client, told = self._stage.method, self._client, _told(self._out)
@@ -149,6 +156,8 @@ class Visit:
             elif saved.has(OPTIMIZER, client):
                 moments = saved.state(OPTIMIZER, client)
             draft.put(OPTIMIZER, client, moments)
+        if told and told.get("privacy"):
+            journal.write("privacy", told["round"], client, **told["privacy"])
         if told:
             journal.write(event.pop("event"), told["round"], client, **event)
             if outcome.get("round") == told["round"] and outcome["event"] == "late":
@@ -158,7 +167,8 @@ class Visit:
             sent[client], micro_batch = told["round"], told["micro_batch"]
             sums = size_of(self._asked.states.get("sum", {}))
             journal.write("traffic", told["round"], client, sent=told["bytes"], received=sums)
-        return self._commit(draft, number, sent, micro_batch, journal, progress)
+        ledger = self._ledger((told or {}).get("spent", saved.record["spent"]))
+        return self._commit(draft, number, sent, micro_batch, ledger, journal, progress, last)
 
     def _received(self, state: State, installed_upto: int) -> Mapping[str, Tensor]:
         """What the message's sum makes for this client; nothing where it has that already."""
@@ -181,6 +191,9 @@ class Visit:
         if stage.method.keeps_optimizer and saved.has(OPTIMIZER, client):
             moments = saved.state(OPTIMIZER, client)
         told: dict[str, Any] = {"round": number, "client": client, "asked": self._asked.digest()}
+        ledger = self._ledger(saved.record["spent"])
+        if reason := ledger.refusal(client):
+            return self._keep({**told, "event": {"event": "spent", "reason": reason}})
         try:
             micro_batch = saved.record["micro_batch"]
             done = turn(stage, self._member, number, state.read(), moments, micro_batch)
@@ -189,6 +202,8 @@ class Visit:
         except Exception as error:  # told like any other outcome; the others' round goes on
             reason = journal.fail(number, client, error)
             return self._keep({**told, "event": {"event": "fail", "reason": reason}})
+        told["privacy"] = ledger.add(client, int(done.told["steps"]))
+        told["spent"] = ledger.record()
         known = stage.sent_part(client, state)
         reason_not = done.fault(state, known)
         norm = 0.0 if reason_not else change_norm(done.update, known)
@@ -252,8 +267,10 @@ def _trained(out: Path) -> StoredState:
 
 def _answer(out: Path, told: Mapping[str, Any], asked: Parcel) -> Parcel:
     """What leaves a site: its event without what only its disk needs, its scores, its update."""
-    kept = ("round", "client", "event", "norm", "clipped")
+    kept = ("round", "client", "event", "norm", "clipped", "privacy")
     values = {key: told[key] for key in kept if key in told} | {"scores": scores_of(out)}
+    if told.get("privacy"):  # a mean loss of single records has no noise in it
+        values["event"] = {k: v for k, v in told["event"].items() if k != "loss"}
     if told["event"]["event"] != "train":
         return Parcel(values)
     path = out / "handed" / f"round-{told['round']:04d}.safetensors"

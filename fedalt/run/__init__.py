@@ -4,13 +4,15 @@ from fedalt.run.cohort import drawn, late
 from fedalt.run.comparison import compare
 from fedalt.run.federation import Federation
 from fedalt.run.join import folder_of, join_run, joined_clients, score
+from fedalt.run.ledger import Ledger
 from fedalt.run.rounds import size_of
 from fedalt.run.scoring import begin, evaluate_clients, record_of, refuse_changed, write_end
 from fedalt.run.stage import Stage, check_base, put_adapters
-from fedalt.run.turn import installed, turn
+from fedalt.run.turns import installed, turn
 
 __all__ = [
     "Federation",
+    "Ledger",
     "Stage",
     "begin",
     "check_base",

@@ -15,6 +15,7 @@ from fedalt.errors import RunFailed
 from fedalt.methods import get_method
 from fedalt.report import count
 from fedalt.run.join import fit_in
+from fedalt.run.ledger import Ledger
 from fedalt.run.rounds import Play
 from fedalt.run.scoring import begin, evaluate_clients, record_of, refuse_changed, write_end
 from fedalt.run.stage import Stage, set_stage
@@ -89,22 +90,26 @@ class Federation:
         done = saved.round if saved else -1
         micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
         kept = saved.record["metrics_bytes"] if saved else 0
+        ledger = Ledger(config, stage.known, saved.record.get("spent", {}) if saved else {})
         with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
             if done < config.rounds:
                 journal.start(done + 1, time.perf_counter() - began, _device(stage))
                 progress.say(_opening(stage, out, done + 1))
             for number in range(done + 1, config.rounds + 1):
+                if saved and ledger.closed():
+                    break
                 draft = Draft(out, number)
                 if saved is None:
                     sent = begin(stage, draft)
                 else:
-                    play = Play(stage, number, saved, draft, journal, progress, micro_batch)
+                    play = Play(stage, number, saved, draft, journal, progress, micro_batch, ledger)
                     sent, micro_batch = play.run(), play.micro_batch
-                if number % config.evaluate.every == 0 or number == config.rounds:
-                    evaluate_clients(stage, draft, number, journal, progress)
+                last = number == config.rounds or ledger.closed()
+                if number % config.evaluate.every == 0 or last:
+                    evaluate_clients(stage, draft, number, journal, progress, last)
                     stage.cuts.tell()
                 journal.sync()
-                record = record_of(stage, journal, sent, micro_batch)
+                record = record_of(stage, journal, sent, micro_batch, ledger)
                 started = time.perf_counter()
                 saved = draft.commit(record, keep=config.save_total_limit)
                 journal.time(number, "save", "", time.perf_counter() - started)

@@ -141,6 +141,11 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
         raise InputError(
             f"{run_dir}: {config.method} changes the base until round {config.rounds}; join then"
         )
+    if config.privacy.on:
+        raise InputError(
+            f"{run_dir}: privacy.record_clip, and who joins fits itself in without noise; train it "
+            "in the federation"
+        )
     path, alone = folder_of(data)
     where = replace(config.data, path=path, clients=alone, sources={}, columns={})
     if epochs is None:

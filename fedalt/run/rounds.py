@@ -14,8 +14,9 @@ from fedalt.errors import RunFailed
 from fedalt.methods import Clipped, Combined, Round, Update, change_norm, out_of_proportion
 from fedalt.model import INDIVIDUAL, select
 from fedalt.run.cohort import derive_seed, drawn, late
+from fedalt.run.ledger import Ledger
 from fedalt.run.stage import BASE, NEWCOMER, Member, Stage
-from fedalt.run.turn import installed, turn
+from fedalt.run.turns import installed, turn
 from fedalt.store import (
     CLIENTS,
     COUNTED,
@@ -41,6 +42,7 @@ class Play:
     Attributes:
         before: the checkpoint that the round starts from; ``draft``: the one that it writes.
         micro_batch: the examples that memory holds at once, so far as it is known; None: a batch.
+        ledger: what each client's records have spent of their privacy.
         finished: by id, the clients whose training counts, with the norm of their change.
         told: by id, what their training said.
         updates: by id, what counts of what they handed in, by clients that send anything.
@@ -53,6 +55,7 @@ class Play:
     journal: Journal
     progress: Progress
     micro_batch: int | None
+    ledger: Ledger
     finished: dict[str, float] = field(default_factory=dict)
     told: dict[str, Mapping[str, float]] = field(default_factory=dict)
     updates: dict[str, Update] = field(default_factory=dict)
@@ -93,6 +96,9 @@ class Play:
     def _train(self, member: Member) -> str:
         """Train one client and take its update in; or why it failed or was refused."""
         stage, client, started = self.stage, member.id, time.perf_counter()
+        if reason := self.ledger.refusal(client):
+            self.journal.write("spent", self.number, client, reason=reason)
+            return f"{client}: {reason}"
         state = self.before.next(client)
         moments: Mapping[str, Tensor] = {}
         if stage.method.keeps_optimizer and self.before.has(OPTIMIZER, client):
@@ -112,6 +118,8 @@ class Play:
         except Exception as error:  # one client's fault must not end the others' round
             return f"{client}: {self.journal.fail(self.number, client, error)}; see errors.log"
         self.micro_batch = done.micro_batch
+        if told := self.ledger.add(client, int(done.told["steps"])):
+            self.journal.write("privacy", self.number, client, **told)
         known = stage.sent_part(client, state)
         if reason := done.fault(state, known):
             self.journal.write("refuse", self.number, client, reason=reason)

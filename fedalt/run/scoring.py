@@ -13,6 +13,7 @@ from fedalt.evaluation import Answers
 from fedalt.model import INDIVIDUAL, REST_OF_WORLD, GateMeter, adapter_alone, load_adapter_state
 from fedalt.report import read_results, write_report
 from fedalt.run.join import score, told
+from fedalt.run.ledger import Ledger
 from fedalt.run.stage import Member, Stage
 from fedalt.store import (
     CLIENTS,
@@ -51,15 +52,20 @@ def refuse_changed(stage: Stage, saved: Checkpoint, out: Path) -> None:
 
 
 def evaluate_clients(
-    stage: Stage, draft: StateFolder, number: int, journal: Journal, progress: Progress
+    stage: Stage,
+    draft: StateFolder,
+    number: int,
+    journal: Journal,
+    progress: Progress,
+    last: bool,
 ) -> None:
     """Score every client with what it uses; after the last round, with each adapter alone too.
 
     Before the first round and after the last one, some answers are kept.
     """
     apart = stage.method.rest_of_world and stage.config.evaluate.parts
-    parts = (INDIVIDUAL, REST_OF_WORLD) if number == stage.config.rounds else ()
-    ends = number in (0, stage.config.rounds)
+    parts = (INDIVIDUAL, REST_OF_WORLD) if last else ()
+    ends = last or number == 0
     stage.load_base(draft)
     for member in stage.known:
         started = time.perf_counter()
@@ -96,7 +102,11 @@ def _score_alone(stage: Stage, member: Member, part: str) -> dict[str, float]:
 
 
 def record_of(
-    stage: Stage, journal: Journal, sent: Mapping[str, int], micro_batch: int | None
+    stage: Stage,
+    journal: Journal,
+    sent: Mapping[str, int],
+    micro_batch: int | None,
+    ledger: Ledger,
 ) -> dict[str, Any]:
     """What a checkpoint says beside its states."""
     return {
@@ -107,6 +117,7 @@ def record_of(
         "metrics_bytes": journal.size,
         "sent": dict(sent),
         "micro_batch": micro_batch,
+        "spent": ledger.record(),
     }
 
 

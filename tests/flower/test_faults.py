@@ -13,6 +13,7 @@ from fedalt.flower.parcel import HELLO, LAST, ROUND, Parcel
 from fedalt.flower.server import Server
 from fedalt.flower.site import Site
 from fedalt.report.events import read_events
+from fedalt.run import turns as run_turns
 from fedalt.store import checkpoint
 from tests.conftest import write_client
 from tests.flower.loopback import (
@@ -167,16 +168,10 @@ def test_a_bad_update_is_refused_as_in_one_process(config, tmp_path, case, metho
         turns.append(client)
         return change(update) if client == "bob" and turns.count("bob") == 2 else update
 
-    from fedalt.run import turn as module
-
-    honest_hand_in = module.hand_in if hasattr(module, "hand_in") else None
-    import sys
-
-    module = sys.modules["fedalt.run.turn"]
-    honest_hand_in = module.hand_in
-    monkeypatch.setattr(module, "hand_in", hand_in)
+    honest_hand_in = run_turns.hand_in
+    monkeypatch.setattr(run_turns, "hand_in", hand_in)
     fedalt.Federation(config).run()
-    monkeypatch.setattr(module, "hand_in", honest_hand_in)
+    monkeypatch.setattr(run_turns, "hand_in", honest_hand_in)
 
     def fault(node, kind, parcel, honest):
         answer = honest()
@@ -197,10 +192,7 @@ def test_a_bad_update_is_refused_as_in_one_process(config, tmp_path, case, metho
 
 
 def test_a_site_refuses_its_own_nan(config, tmp_path, monkeypatch):
-    import sys
-
-    module = sys.modules["fedalt.run.turn"]
-    honest = module.train_client
+    honest = run_turns.train_client
 
     def train(model, examples, *args, **more):
         done = honest(model, examples, *args, **more)
@@ -211,7 +203,7 @@ def test_a_site_refuses_its_own_nan(config, tmp_path, monkeypatch):
                     break
         return done
 
-    monkeypatch.setattr(module, "train_client", train)
+    monkeypatch.setattr(run_turns, "train_client", train)
     link = federation(config, tmp_path / "sites")
     serve(link, config, tmp_path)
     assert {e["client"] for e in events(tmp_path, "refuse")} == {"bob"}
@@ -219,17 +211,14 @@ def test_a_site_refuses_its_own_nan(config, tmp_path, monkeypatch):
 
 
 def test_a_site_that_raises_loses_its_round_and_writes_down_why(config, tmp_path, monkeypatch):
-    import sys
-
-    module = sys.modules["fedalt.run.turn"]
-    honest = module.train_client
+    honest = run_turns.train_client
 
     def train(model, examples, *args, **more):
         if len(examples) == 6:
             raise RuntimeError("no more today")
         return honest(model, examples, *args, **more)
 
-    monkeypatch.setattr(module, "train_client", train)
+    monkeypatch.setattr(run_turns, "train_client", train)
     serve(federation(config, tmp_path / "sites"), config, tmp_path)
     failed = events(tmp_path, "fail")
     assert [(e["client"], e["round"]) for e in failed] == [("bob", 1), ("bob", 2)]

@@ -22,7 +22,7 @@ from fedalt.methods.method import Round
 from fedalt.model import states
 from fedalt.report.events import read_events
 from fedalt.run import federation as run
-from fedalt.run import turn
+from fedalt.run import turns as run_turns
 from fedalt.run.cohort import derive_seed
 from fedalt.store.checkpoint import Checkpoint, load_checkpoint
 from fedalt.training.client import TrainResult
@@ -199,7 +199,7 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
         for client in EXAMPLES
     }
 
-    def train(model, examples, settings, loss, *, trains, seed, count, optimizer, on_step):
+    def train(model, examples, settings, loss, *, trains, seed, count, optimizer, privacy, on_step):
         number, client = which = turns[seed]
         assert len(examples) == EXAMPLES[client]
         seen.before[which], seen.moments[which] = states.adapter_state(model), optimizer
@@ -212,7 +212,7 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
         kept = {} if optimizer is None else {"w.step": torch.tensor(float(number))}
         return TrainResult(1.0, 3, kept)
 
-    hand_in = turn.hand_in
+    hand_in = run_turns.hand_in
 
     def watch(state, parts, client):
         update = hand_in(state, parts, client)
@@ -220,14 +220,14 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
         seen.handed[number, client] = update
         return update
 
-    monkeypatch.setattr("fedalt.run.turn.train_client", train)
-    monkeypatch.setattr("fedalt.run.turn.hand_in", watch)
+    monkeypatch.setattr("fedalt.run.turns.train_client", train)
+    monkeypatch.setattr("fedalt.run.turns.hand_in", watch)
     monkeypatch.setattr(run, "evaluate_clients", _score)
     fedalt.Federation(config).run()
     return seen
 
 
-def _score(stage, draft, number, journal, progress):
+def _score(stage, draft, number, journal, progress, last):
     for member in stage.known:
         journal.write("evaluate", number, member.id, rouge1=1.0, loss=1.0)
 

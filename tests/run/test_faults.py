@@ -9,7 +9,7 @@ import torch
 import fedalt
 from fedalt.cli import main
 from fedalt.evaluation.tasks import TextTask
-from fedalt.run import turn as turns
+from fedalt.run import turns
 from fedalt.store.checkpoint import load_checkpoint
 from tests.conftest import write_client
 from tests.run.test_run import average, close, events_of, part, quick, run, same, used
@@ -66,7 +66,7 @@ def spoilt(monkeypatch):
             calls.append(1)
             return how(update) if not only or len(calls) in only else update
 
-        monkeypatch.setattr("fedalt.run.turn.hand_in", hand_in)
+        monkeypatch.setattr("fedalt.run.turns.hand_in", hand_in)
 
     return spoil
 

@@ -70,6 +70,7 @@ def turn(
         seed=derive_seed(config.seed, number, client),
         count=stage.task.count,
         optimizer=moments if stage.method.keeps_optimizer else None,
+        privacy=config.privacy,
         on_step=on_step,
     )
     trained = adapter_state(stage.model)
