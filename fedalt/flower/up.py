@@ -141,18 +141,23 @@ def write_sites(config: Config, root: Path) -> dict[str, Path]:
             "data.path": _absolute(config.data.path),
             "data.clients": [client.id],
         }
-        nested: dict[str, object] = {}
-        for key, value in own.items():
-            group, _, name = key.rpartition(".")
-            inner = nested.setdefault(group, {}) if group else nested
-            assert isinstance(inner, dict)
-            inner[name] = value
         sites[client.id] = root / "settings" / f"{client.id}.yaml"
         with writing(sites[client.id]):
             sites[client.id].parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(sites[client.id], yaml.safe_dump(nested, sort_keys=False))
+        write_atomic(sites[client.id], yaml.safe_dump(nested(own), sort_keys=False))
     write_atomic(root / "settings" / "federation.yaml", config.to_yaml())
     return sites
+
+
+def nested(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings by dotted key as groups, as YAML has them."""
+    whole: dict[str, object] = {}
+    for key, value in settings.items():
+        group, _, name = key.rpartition(".")
+        inner = whole.setdefault(group, {}) if group else whole
+        assert isinstance(inner, dict)
+        inner[name] = value
+    return whole
 
 
 def bring_up(config: Config, root: Path) -> tuple[str, Path]:
