@@ -78,7 +78,7 @@ def begun(root: Path, client: str, number: int):
 
 
 def test_kills_of_every_process_end_in_the_bits_of_one_process(config, tmp_path):
-    """In one run: a ClientApp and a SuperNode in round 2, then SuperLink; the same command again."""
+    """In one run: a ClientApp and a SuperNode in round 2, then SuperLink, and the same command."""
     fedalt.Federation(config).run()
     expected = states_of_run(Path(config.out), 3)
     root = tmp_path / "up"
@@ -107,53 +107,23 @@ def test_kills_of_every_process_end_in_the_bits_of_one_process(config, tmp_path)
     assert trained == {(client, number) for client in CLIENTS for number in (1, 2, 3)}
 
 
-def openssl(*arguments: str, folder: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+def made(folder: Path, *command: str) -> None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
 def certificates(folder: Path) -> None:
     """A CA of one's own, SuperLink's certificate, and a key for each site, as in docs/sites.md."""
     folder.mkdir()
     (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    ca = ("-days", "30", "-subj", "/CN=our own CA", "-keyout", "ca.key", "-out", "ca.crt")
-    openssl("req", "-x509", *curve, *ca, folder=folder)
-    openssl(
-        "req",
-        *curve,
-        "-subj",
-        "/CN=localhost",
-        "-keyout",
-        "server.key",
-        "-out",
-        "s.csr",
-        folder=folder,
-    )
+    new = ("openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    ca = ("-x509", "-days", "30", "-subj", "/CN=our own CA", "-keyout", "ca.key", "-out", "ca.crt")
+    made(folder, *new, *ca)
+    made(folder, *new, "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.csr")
     signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "30")
-    openssl(
-        "x509",
-        "-req",
-        "-in",
-        "s.csr",
-        *signed,
-        "-extfile",
-        "san",
-        "-out",
-        "server.crt",
-        folder=folder,
-    )
+    which = ("-in", "server.csr", "-extfile", "san", "-out", "server.crt")
+    made(folder, "openssl", "x509", "-req", *which, *signed)
     for client in (*CLIENTS, "eve"):
-        openssl(
-            *("ecparam", "-name", "secp384r1", "-genkey", "-noout", "-out", f"{client}.key"),
-            folder=folder,
-        )
-        openssl("ec", "-in", f"{client}.key", "-pubout", "-out", f"{client}.pub", folder=folder)
-        with_ssh = folder / f"{client}.pub"
-        ssh = subprocess.run(
-            ["ssh-keygen", "-i", "-m", "PKCS8", "-f", str(with_ssh)], capture_output=True, text=True
-        )
-        if ssh.returncode == 0:
-            with_ssh.write_text(ssh.stdout)
+        made(folder, "ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", client)
 
 
 def test_over_tls_a_registered_key_takes_part_and_another_is_turned_away(config, tmp_path):
@@ -163,15 +133,11 @@ def test_over_tls_a_registered_key_takes_part_and_another_is_turned_away(config,
     certificates(keys)
     sites = write_sites(config, root)
     init_app(root / "app")
-    tls = [("--ssl-ca-certfile", "ca.crt"), ("--ssl-certfile", "server.crt")]
-    options = [
-        word
-        for name, file in [*tls, ("--ssl-keyfile", "server.key")]
-        for word in (name, str(keys / file))
-    ]
+    files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
+    tls = [w for name, file in files.items() for w in (f"--ssl-{name}", str(keys / file))]
     with Loopback(root) as loopback:
         loopback.connect(f'root-certificates = "{keys / "ca.crt"}"')
-        loopback.superlink(*options, "--enable-supernode-auth")
+        loopback.superlink(*tls, "--enable-supernode-auth")
         for client in CLIENTS:
             added = loopback.start(
                 f"register-{client}",
@@ -184,7 +150,7 @@ def test_over_tls_a_registered_key_takes_part_and_another_is_turned_away(config,
                 name,
                 sites[client],
                 *("--root-certificates", str(keys / "ca.crt")),
-                *("--auth-supernode-private-key", str(keys / f"{name}.key")),
+                *("--auth-supernode-private-key", str(keys / name)),
             )
 
         eve = node("eve", "ann")
