@@ -38,6 +38,7 @@ class Mail:
         self._wants_labels = wants_labels and not classes
         self._hellos: dict[str, int] = {}
         self._owed: dict[str, tuple[str, int]] = {}
+        self._rivals: dict[int, Mapping[str, Any]] = {}
         self._overdue: dict[str, tuple[int, Parcel]] = {}
         self._round = 0
 
@@ -69,7 +70,7 @@ class Mail:
                 self.roll.forget(node)
         hellos = self._first(sites, until, "client")
         for node, reason in self.roll.settle(hellos, self._link.nodes()).items():
-            self._turn_away(node, reason)
+            self._turn_away(node, reason, hellos[node])
 
     def _first(self, sites: int, until: float, key: str) -> dict[int, Mapping[str, Any]]:
         """Hellos that say ``key``, until there are enough of them or time is out."""
@@ -97,7 +98,21 @@ class Mail:
                 found[node] = answer.values
         return found
 
-    def _turn_away(self, node: int, reason: str) -> None:
+    def _admit(self, hellos: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take in who came; and who claimed a client whose node has gone since."""
+        nodes = self._link.nodes()
+        for node, said in list(self._rivals.items()):
+            if node not in nodes:
+                del self._rivals[node]
+            elif self.roll.is_free(said["client"], nodes):
+                self.roll.admit(node, self._rivals.pop(node), nodes)
+        for node, said in hellos.items():
+            if reason := self.roll.admit(node, said, nodes):
+                self._turn_away(node, reason, said)
+
+    def _turn_away(self, node: int, reason: str, said: Mapping[str, Any] | None = None) -> None:
+        if said and said["client"] in self.roll.clients:
+            self._rivals[node] = said
         self._journal.write("refuse", self._round, "", reason=f"node {node}: {reason}")
         print(f"turned away, node {node}: {reason}", file=sys.stderr, flush=True)
 
@@ -115,9 +130,7 @@ class Mail:
         posted: dict[str, tuple[str, int]] = {}
         attempts = dict.fromkeys(orders, 0)
         while len(answers) < len(orders) and time.monotonic() < until:
-            for node, said in self._heard().items():
-                if reason := self.roll.admit(node, said, self._link.nodes()):
-                    self._turn_away(node, reason)
+            self._admit(self._heard())
             here = self.here()
             for ticket, (client, node) in list(posted.items()):
                 if here.get(client, node) != node:  # its node was started again, as another one

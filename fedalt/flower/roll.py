@@ -89,6 +89,10 @@ class Roll:
         self.clients[client] = {key: known[key] for key in BOUND}
         return None
 
+    def is_free(self, client: str, nodes: list[int]) -> bool:
+        """Whether a client's own node is gone, so that another one may be it."""
+        return not self._registered and self.clients[client]["node"] not in nodes
+
     def _unlike(self, client: str, said: Mapping[str, Any]) -> str | None:
         """Why its base is not the federation's, or what it hands in not what the others do."""
         for other, known in sorted(self.clients.items()):

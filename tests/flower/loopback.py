@@ -39,6 +39,7 @@ class Loopback:
     sent: list[tuple[int, str, Parcel]] = field(default_factory=list)
     box: dict[str, Answer] = field(default_factory=dict)
     waits: int = 0
+    leaving: dict[int, int] = field(default_factory=dict)
 
     def nodes(self) -> list[int]:
         return [node for node in self.sites if node not in self.gone]
@@ -61,6 +62,7 @@ class Loopback:
 
     def wait(self) -> None:
         self.waits += 1
+        self.gone |= {node for node, last in self.leaving.items() if self.waits > last}
 
     def secure_sum(self, parcels, form, timeout):
         """What SecAgg+ comes to where nobody drops out: the sum of what is on its grid."""

@@ -117,6 +117,25 @@ def test_a_node_that_comes_back_under_another_id_goes_on(config, expected, tmp_p
     assert alike(last_states(tmp_path / "sites"), expected)
 
 
+def test_a_node_that_comes_back_before_it_is_missed_goes_on_once_it_is(config, expected, tmp_path):
+    """Flower misses a node after two heartbeats; until then its client has another one, which is
+    turned away, and taken in later.
+    """
+    link = federation(config, tmp_path / "sites")
+
+    def fault(node, kind, parcel, honest):
+        if (node, kind) == (2, ROUND) and parcel.values["round"] == 2:
+            link.sites[9], link.leaving = link.sites[2], {2: link.waits + 2}
+            return None
+        return honest()
+
+    link.fault = fault
+    serve(link, config, tmp_path)
+    (turned,) = events(tmp_path, "refuse")
+    assert "node 9: client 'bob' is node 2, which is there" in turned["reason"]
+    assert alike(last_states(tmp_path / "sites"), expected)
+
+
 @pytest.mark.parametrize("place", range(3, 12))
 def test_a_server_that_is_killed_goes_on_with_the_same_command(config, tmp_path, place, expected):
     """At any message: the sites answer from their disks what they have done already."""
