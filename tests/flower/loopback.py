@@ -114,4 +114,7 @@ def alike(one: dict[str, State], other: dict[str, State]) -> bool:
 def small(config: Config, **changes: Any) -> Config:
     """Three rounds with adapters in few layers, and few answers."""
     lora = replace(config.lora, target_modules=("q_proj",))
-    return replace(config, **{"lora": lora, "rounds": 3, **changes})
+    train = replace(config.train, max_steps=2)
+    evaluate = replace(config.evaluate, answers=1, max_new_tokens=2)
+    given = {"lora": lora, "rounds": 3, "train": train, "evaluate": evaluate}
+    return replace(config, **given | changes)

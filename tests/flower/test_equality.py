@@ -40,7 +40,7 @@ def told(out, client, *without):
 
 @pytest.mark.parametrize(
     "method",
-    ["fedalt", "fedalt-relay", "fedit", "fedit+ft", "fedalt-weighted", "fedalt-kept-optimizer"],
+    ["fedalt", "fedalt-relay", "fedit", "fedit+ft", "fedalt-kept-optimizer"],
 )
 def test_three_sites_end_with_the_bits_and_events_of_one_process(tiny_config, tmp_path, method):
     config = small(tiny_config, method=method)
@@ -51,7 +51,7 @@ def test_three_sites_end_with_the_bits_and_events_of_one_process(tiny_config, tm
         assert told(tmp_path / "sites" / client, client) == told(config.out, client)
 
 
-@pytest.mark.parametrize("method", ["fedalt-self", "fedalt-one-a", "fedsa-lora", "feddpa"])
+@pytest.mark.parametrize("method", ["fedalt-weighted", "fedsa-lora", "feddpa"])
 def test_so_do_those_of_other_methods(tiny_config, tmp_path, method):
     config = small(tiny_config, method=method, rounds=2)
     expected = one_process(config)
@@ -68,12 +68,19 @@ FEDERATIONS = {
 }
 
 
-@pytest.mark.parametrize("method", ["fedalt", "fedalt-relay"])
-@pytest.mark.parametrize("case", FEDERATIONS)
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        *((case, "fedalt") for case in FEDERATIONS),
+        ("late", "fedalt-relay"),
+        ("thin", "fedalt-relay"),
+    ],
+)
 def test_who_is_drawn_away_or_late_changes_no_bit(tiny_config, tmp_path, case, method):
     """Who was not asked in a round scores nothing in it, and ends with the same bits."""
     write_client(tmp_path / "data" / "dan", "d", 4)
     config = small(tiny_config, method=method, rounds=4)
+    config = replace(config, evaluate=replace(config.evaluate, every=4, parts=False))
     config = replace(config, federation=replace(config.federation, **FEDERATIONS[case]))
     expected = one_process(config, FOUR)
     serve(federation(config, tmp_path / "sites", FOUR), config, tmp_path)
@@ -97,7 +104,7 @@ def test_eight_sites_too(tiny_config, tmp_path):
     for number, client in enumerate(clients):
         write_client(tmp_path / "eight" / client, client, 4 + number)
     config = small(
-        tiny_config, rounds=2, data=replace(tiny_config.data, path=str(tmp_path / "eight"))
+        tiny_config, rounds=1, data=replace(tiny_config.data, path=str(tmp_path / "eight"))
     )
     expected = one_process(config, clients)
     serve(federation(config, tmp_path / "sites", clients), config, tmp_path)
@@ -107,7 +114,7 @@ def test_eight_sites_too(tiny_config, tmp_path):
 def test_a_base_in_bfloat16_and_one_in_fp8(tiny_config, tmp_path):
     for name, changes in (("a", {"dtype": "bfloat16"}), ("b", {"quantization": "fp8"})):
         root = tmp_path / name
-        config = small(tiny_config, rounds=2, out=str(root / "run"))
+        config = small(tiny_config, rounds=1, out=str(root / "run"))
         config = replace(config, model=replace(config.model, **changes))
         expected = one_process(config)
         serve(federation(config, root / "sites"), config, root)

@@ -35,7 +35,8 @@ class Killed(BaseException):
 
 @pytest.fixture
 def config(tiny_config):
-    return small(tiny_config, rounds=2)
+    evaluate = replace(tiny_config.evaluate, every=2, parts=False, answers=0, max_new_tokens=2)
+    return small(tiny_config, rounds=2, evaluate=evaluate)
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_a_node_that_comes_back_before_it_is_missed_goes_on_once_it_is(config, e
     assert alike(last_states(tmp_path / "sites"), expected)
 
 
-@pytest.mark.parametrize("place", range(3, 12))
+@pytest.mark.parametrize("place", [3, 5, 8, 10])
 def test_a_server_that_is_killed_goes_on_with_the_same_command(config, tmp_path, place, expected):
     """At any message: the sites answer from their disks what they have done already."""
     link = federation(config, tmp_path / "sites")
@@ -172,8 +173,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("method", ["fedalt", "fedit"])
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        ("nan", "fedalt"),
+        ("shape", "fedit"),
+        ("name", "fedalt"),
+        ("nothing", "fedit"),
+        ("norm", "fedalt"),
+        ("norm", "fedit"),
+    ],
+)
 def test_a_bad_update_is_refused_as_in_one_process(config, tmp_path, case, method, monkeypatch):
     """Spoilt on its way in both: the sites end with the bits of the run that refuses it too."""
     change, reason = BAD[case]
@@ -249,7 +259,7 @@ def test_a_site_that_raises_loses_its_round_and_writes_down_why(config, tmp_path
 def test_a_site_that_never_answers_is_absent_and_the_rounds_go_on(config, tmp_path):
     """Its last update counts, up to max_age, as that of an absent client in one process."""
     config = replace(config, rounds=3)
-    config = replace(config, federation=replace(config.federation, round_timeout=3.0))
+    config = replace(config, federation=replace(config.federation, round_timeout=0.5))
     away = replace(config, federation=replace(config.federation, away={"bob": (2, 3)}))
     fedalt.Federation(away).run()
 
@@ -262,7 +272,7 @@ def test_a_site_that_never_answers_is_absent_and_the_rounds_go_on(config, tmp_pa
     serve(link, config, tmp_path)
     late = events(tmp_path, "late")
     assert [(e["client"], e["round"]) for e in late] == [("bob", 2), ("bob", 3)]
-    assert late[0]["reason"] == "no answer within 3 s"
+    assert late[0]["reason"] == "no answer within 0.5 s"
     pair = ("ann", "cyd")
     assert alike(last_states(tmp_path / "sites", pair), states_of_run(Path(away.out), 3, pair))
 
@@ -270,7 +280,7 @@ def test_a_site_that_never_answers_is_absent_and_the_rounds_go_on(config, tmp_pa
 def test_a_late_answer_counts_from_the_next_round(config, tmp_path):
     """As a straggler's in one process: it is drawn no more, and its late update counts on."""
     config = replace(config, rounds=3)
-    config = replace(config, federation=replace(config.federation, round_timeout=2.0))
+    config = replace(config, federation=replace(config.federation, round_timeout=0.5))
     kept = []
 
     def fault(node, kind, parcel, honest):
@@ -285,7 +295,7 @@ def test_a_late_answer_counts_from_the_next_round(config, tmp_path):
     link.fault = fault
     serve(link, config, tmp_path)
     reasons = [e.get("reason") for e in events(tmp_path, "late")]
-    assert reasons == ["no answer within 2 s"]  # in round 3 it hands in what that round trained
+    assert reasons == ["no answer within 0.5 s"]  # in round 3 it hands in what that round trained
     assert [e["round"] for e in events(tmp_path, "train") if e["client"] == "bob"] == [1, 3]
 
 
@@ -343,7 +353,7 @@ def test_another_version_is_turned_away(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("registered", [False, True])
 def test_a_client_stays_with_its_node(config, tmp_path, registered):
     """Another node that claims it is refused: while its own is there, or, registered, for ever."""
-    config = replace(config, federation=replace(config.federation, round_timeout=2.0))
+    config = replace(config, federation=replace(config.federation, round_timeout=0.5))
     link = federation(config, tmp_path / "sites")
 
     def fault(node, kind, parcel, honest):
