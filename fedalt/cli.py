@@ -312,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_flower(commands: Any) -> None:
-    what = "clients on machines of their own, on Flower (pip install 'fedalt[flower]')"
+    what = "clients on machines of their own, on Flower (an extra, flower)"
     flower = commands.add_parser(
         "flower",
         help=what,

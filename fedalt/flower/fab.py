@@ -84,7 +84,8 @@ def check_flower() -> None:
     try:
         found = importlib.metadata.version("flwr")
     except importlib.metadata.PackageNotFoundError:
-        raise not_installed("fedalt flower", f"flwr {WANTED}", "flower") from None
+        found = "none"
     if not found.startswith(f"{WANTED}."):
-        cure = "pip install 'fedalt[flower]'"
-        raise InputError(f"fedalt flower wants flwr {WANTED}, found {found}: {cure}")
+        raise not_installed(
+            f"fedalt flower, made for {WANTED} of it and not {found},", "flwr", "flower"
+        )
