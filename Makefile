@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: run test test-newest lint bench bench-memory proof bench-gpu clean
+.PHONY: run test test-newest test-flower lint bench bench-memory proof bench-gpu clean
 
 run: $(READY)
 	@echo "== fedalt run: the built-in sample, eight clients, about two minutes on two cores"
@@ -29,6 +29,13 @@ else
 	.venv-newest/bin/python scripts/newest.py
 endif
 
+# Flower's pins fight those of requirements.txt, so it has a lock and an environment of its own.
+FLOWER := .venv-flower/bin
+
+test-flower: .venv-flower/ready
+	@echo "== sites on Flower, in one process and as processes on loopback; record-level privacy"
+	OMP_NUM_THREADS=1 $(FLOWER)/python -m pytest tests/flower tests/training/test_private.py -q --durations=5
+
 lint: $(READY)
 	@echo "== ruff and mypy"
 	$(BIN)/ruff check .
@@ -53,11 +60,18 @@ bench-gpu:
 	$(PYTHON) -m bench gpu
 
 clean:
-	rm -rf .venv .venv-newest build *.egg-info
+	rm -rf .venv .venv-newest .venv-flower build *.egg-info
 
 $(READY): requirements.txt setup.py
 	@echo "== set-up: a virtual environment in .venv (once; about two minutes)"
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv-flower/ready: requirements-flower.txt setup.py
+	@echo "== set-up: a virtual environment in .venv-flower (once; about two minutes)"
+	$(PYTHON) -m venv --clear .venv-flower
+	$(FLOWER)/pip install --quiet --disable-pip-version-check -r requirements-flower.txt
+	$(FLOWER)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

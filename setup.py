@@ -82,6 +82,8 @@ setup(
         "data": ["datasets>=4.0,<6", "scikit-learn>=1.4"],
         "quantized": ["bitsandbytes>=0.50", "accelerate>=1.1"],
         "tensorboard": ["tensorboard>=2.16"],
+        "flower": ["flwr>=1.42,<1.43"],
+        "privacy": ["dp-accounting>=0.6"],
         "triton": ["triton>=3.6; sys_platform == 'linux'"],
         "bench": ["matplotlib>=3.8", "peft>=0.18", "pytest-benchmark>=5.1"],
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "peft>=0.18", "bitsandbytes>=0.50"],

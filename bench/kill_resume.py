@@ -25,7 +25,7 @@ from torch import Tensor
 from fedalt import cli
 from fedalt.config.settings import load_config
 from fedalt.report.events import read_events, read_times
-from fedalt.run import rounds
+from fedalt.run import turns
 from fedalt.store.checkpoint import DRAFT, list_checkpoints
 from fedalt.store.journal import METRICS, TIMES
 from fedalt.store.rundir import CONFIG, RESULTS
@@ -95,13 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def child(arguments: Sequence[str]) -> int:
     """``fedalt`` with the bad clients of the first argument, ``CLIENT=HOW`` by comma."""
     bad = dict(pair.split("=") for pair in arguments[0].split(",") if pair)
-    honest = rounds.hand_in
+    honest = turns.hand_in
 
     def hand_in(state: Update, parts: tuple[str, ...], client: str) -> Update:
         update = honest(state, parts, client)
         return SPOIL[bad[client]](update) if client in bad else update
 
-    rounds.hand_in = hand_in
+    turns.hand_in = hand_in
     return cli.main(arguments[1:])
 
 

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedalt.config import Config, list_settings, load_config
 from fedalt.errors import InputError, InputWarning, RunFailed
+from fedalt.flower import bring_up, init_app
 from fedalt.memory import foretell
 from fedalt.report import write_report, write_tensorboard
 from fedalt.run import Federation, compare, join_run
@@ -163,6 +164,15 @@ def _report(options: argparse.Namespace) -> None:
         print(f"TensorBoard events: {write_tensorboard(out)}")
 
 
+def _init(options: argparse.Namespace) -> None:
+    print(init_app(options.folder))
+
+
+def _up(options: argparse.Namespace) -> None:
+    options.cure = "the same command goes on"
+    _show(*bring_up(_config(options), Path(options.folder)))
+
+
 def _show(table: str, page: Path) -> None:
     print(table)
     print(f"report: {page}")
@@ -297,7 +307,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run", metavar="RUN", help="a run directory")
     report.add_argument("--tensorboard", action="store_true", help="write its events as well")
+    _add_flower(commands)
     return parser
+
+
+def _add_flower(commands: Any) -> None:
+    what = "clients on machines of their own, on Flower (an extra, flower)"
+    flower = commands.add_parser(
+        "flower",
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_examples(
+            "fedalt flower up /tmp/try --data DIR  # see it all on this machine",
+            "fedalt flower init app                # for machines of their own: docs/sites.md",
+        ),
+    )
+    flower.set_defaults(command=lambda options: flower.print_help())
+    inner = flower.add_subparsers(metavar="COMMAND")
+    init = _command(
+        inner,
+        _init,
+        "write the app that Flower sends to sites, and print the commands",
+        "fedalt flower init app",
+    )
+    init.add_argument("folder", metavar="DIR", help="a new folder")
+    up = _command(
+        inner,
+        _up,
+        "start SuperLink and a SuperNode a client on this machine, run, and stop them",
+        "fedalt flower up /tmp/try -c rounds=2",
+        "fedalt flower up /tmp/try --data DIR -c federation.secure=true",
+    )
+    up.add_argument("folder", metavar="DIR", help="where all of it is kept")
+    _add_settings(up)
+    up.set_defaults(out="", resume=False)
 
 
 def _command(

@@ -20,7 +20,7 @@ FLOORS = (
     ("training", "methods", "store"),
     ("evaluation",),
     ("run",),
-    ("memory", "serving"),
+    ("memory", "serving", "flower"),
     ("cli",),
     ("fedalt", "__main__"),
 )

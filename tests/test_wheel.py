@@ -149,6 +149,8 @@ def test_every_error_names_a_missing_package_by_the_extra_that_has_it():
     assert sorted(calls) == [
         ("bitsandbytes", "quantized"),
         ("datasets", "data"),
+        ("dp-accounting", "privacy"),
+        ("flwr", "flower"),
         ("scikit-learn", "data"),
         ("tensorboard", "tensorboard"),
     ]

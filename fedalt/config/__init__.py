@@ -2,12 +2,14 @@
 
 from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
 from fedalt.config.listing import list_settings
+from fedalt.config.owners import federation_part, load_site, site_config, site_part
 from fedalt.config.schema import (
     BUILTIN_BASE,
     BUILTIN_VIT,
     Config,
     EvaluateConfig,
     ModelConfig,
+    PrivacyConfig,
     TrainConfig,
 )
 from fedalt.config.settings import load_config
@@ -22,7 +24,12 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "TrainConfig",
+    "federation_part",
     "list_settings",
     "load_config",
+    "load_site",
+    "site_config",
+    "site_part",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
+from fedalt.config.privacy import PrivacyConfig
 from fedalt.errors import require, require_one_of
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "TrainConfig",
 ]
 
@@ -161,6 +163,11 @@ class FederationConfig:
     """Of ``aggregate: trimmed``: the share of the clients left out at either end."""
     max_norm_ratio: float | None = 10.0
     """An update of more than this times the round's median norm is refused; null: never."""
+    round_timeout: float = 3600.0
+    """Seconds that a server gives its sites for a round; who answers later is absent from it."""
+    secure: bool = False
+    """Between sites: the server gets masked updates and learns their sum alone, by Flower's
+    SecAgg+, of three clients or more (``docs/sites.md`` has its limits)."""
     holdout: float = 0.0
     """The share of clients kept out of training, who join after the last round."""
     join_epochs: int = 5
@@ -180,6 +187,7 @@ class FederationConfig:
         require(0 <= self.trim < 0.5, "federation.trim", "in [0, 0.5)", self.trim)
         ratio_ok = self.max_norm_ratio is None or self.max_norm_ratio > 1
         require(ratio_ok, "federation.max_norm_ratio", "above 1, or null", self.max_norm_ratio)
+        require(self.round_timeout > 0, "federation.round_timeout", "above 0", self.round_timeout)
         require(0 <= self.holdout < 1, "federation.holdout", "in [0, 1)", self.holdout)
         require(self.join_epochs >= 1, "federation.join_epochs", "at least 1", self.join_epochs)
         require_one_of(("fresh", "row", "nearest"), "federation.join_start", self.join_start)
@@ -234,6 +242,7 @@ class Config:
     federation: FederationConfig = field(default_factory=FederationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
@@ -244,6 +253,9 @@ class Config:
         require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)
         threads_ok = self.threads is None or self.threads >= 1
         require(threads_ok, "threads", "at least 1, or null", self.threads)
+        held = self.federation.holdout
+        wanted = "0 with privacy.record_clip, since who joins later fits itself in without noise"
+        require(not (held and self.privacy.on), "federation.holdout", wanted, held)
         on_gpu = not self.model.device.startswith("cpu")
         paged = self.train.optimizer == "paged_adamw_8bit"
         wanted = "adamw or adamw_8bit on a CPU, which has no other memory to page to"

@@ -6,7 +6,7 @@ from fedalt.errors import InputError
 from fedalt.methods import products, server
 from fedalt.methods.method import Combined, Install, Method, Round
 from fedalt.methods.rivals import RIVALS
-from fedalt.methods.server import Update
+from fedalt.methods.server import Total, Update
 from fedalt.model import HEAD, INDIVIDUAL, MIXER, REST_OF_WORLD, State, as_rest_of_world
 
 
@@ -18,6 +18,8 @@ class FedALT(Method):
     sends = (INDIVIDUAL,)
     counts_absent = True
     leaves_one_out = True
+    sum_is_enough = True
+    by_examples = False
 
     def combine(self, round: Round) -> Combined:
         row = self.row(round)
@@ -26,6 +28,9 @@ class FedALT(Method):
     def row(self, round: Round) -> Install:
         """By client id, its Rest-of-World, under the names of what was sent."""
         return round.others()
+
+    def install(self, total: Total, own: Update | None, weight: float) -> State:
+        return as_rest_of_world(super().install(total, own, weight))
 
 
 class Half(FedALT):
@@ -46,6 +51,7 @@ class SelfIncluded(FedALT):
     """FedALT whose Rest-of-World is the mean of all, the client among them."""
 
     name = "fedalt-self"
+    sum_is_enough = True
     leaves_one_out = False
 
     def row(self, round: Round) -> Install:
@@ -64,6 +70,8 @@ class Weighted(FedALT):
     """FedALT whose Rest-of-World is weighted by the others' numbers of examples."""
 
     name = "fedalt-weighted"
+    sum_is_enough = True
+    by_examples = True
 
     def row(self, round: Round) -> Install:
         return round.others(by_examples=True)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedalt.methods import products, robust, server
-from fedalt.methods.server import Update
+from fedalt.methods.server import Total, Update
 from fedalt.model import HEAD, INDIVIDUAL, MIXER, State, is_part
 
 Install = Callable[[str], Mapping[str, Tensor]]
@@ -157,6 +157,13 @@ class Method:
     """An absent client's last counted update still counts, up to ``federation.max_age`` rounds."""
     leaves_one_out: ClassVar[bool] = False
     """Its averages are of all counted clients but the one that installs them."""
+    sum_is_enough: ClassVar[bool] = False
+    """A client makes all that it installs of one sum, so that a server may broadcast that alone.
+
+    A class with a ``combine`` or ``row`` of its own says so itself; it inherits no yes.
+    """
+    by_examples: ClassVar[bool] = True
+    """Its averages are weighted by the clients' numbers of examples."""
     changes_base: ClassVar[bool] = False
     """``combine`` adds to the base weights."""
     averages: ClassVar[bool] = True
@@ -172,6 +179,20 @@ class Method:
     keeps_optimizer: ClassVar[bool] = False
     """AdamW's moments live on between a client's rounds."""
 
+    def __init_subclass__(cls) -> None:
+        if {"combine", "row"} & cls.__dict__.keys() and "sum_is_enough" not in cls.__dict__:
+            cls.sum_is_enough = False
+
     def combine(self, round: Round) -> Combined:
         """What every client installs. Called with one update or more."""
         raise NotImplementedError
+
+    def install(self, total: Total, own: Update | None, weight: float) -> State:
+        """What one client installs, from the sum alone; the same bits as by ``combine``.
+
+        Args:
+            total: of all that counts, weighted by examples if ``by_examples``.
+            own: exactly what it counts of this client; None: nothing.
+            weight: of ``own``.
+        """
+        return server.row_of(total, own if self.leaves_one_out else None, weight)

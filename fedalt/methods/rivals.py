@@ -21,6 +21,7 @@ class FedIT(Method):
     """FedAvg of one LoRA, A and B apart, weighted by examples (Zhang et al. 2024)."""
 
     name = "fedit"
+    sum_is_enough = True
 
     def combine(self, round: Round) -> Combined:
         mean = round.mean()
@@ -110,6 +111,7 @@ class FedDPA(Method):
     """
 
     name = "feddpa"
+    sum_is_enough = True
     rest_of_world = True
     mixer = (0.5, 0.5)
     trains = ((INDIVIDUAL, HEAD), (REST_OF_WORLD, HEAD))

@@ -8,6 +8,7 @@ one update, never all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,37 +37,83 @@ def rest_of_world(updates: Sequence[Update]) -> list[dict[str, Tensor]]:
     return [row(str(i)) for i in range(len(updates))]
 
 
+@dataclass(frozen=True)
+class Total:
+    """``S = Σ_j w_j c_j``, all that a client needs of the others.
+
+    Attributes:
+        sums: by name, fp64.
+        weight: ``Σ_j w_j``.
+        count: how many updates are in it.
+        dtypes: by name, that of the updates.
+    """
+
+    sums: Mapping[str, Tensor]
+    weight: float
+    count: int
+    dtypes: Mapping[str, torch.dtype]
+
+
+def total(updates: Mapping[str, Update], weights: Mapping[str, float] | None = None) -> Total:
+    """The sum of one update or more, fp64, in the order given.
+
+    Args:
+        updates: what counts, by client id.
+        weights: by client id, such as its number of examples; all 1 by default.
+
+    Raises:
+        ValueError: names or shapes that differ.
+    """
+    weight = weights or dict.fromkeys(updates, 1.0)
+    sums = _sum(list(updates), updates, weight)
+    whole = sum(weight[client] for client in updates)
+    dtypes = {name: c.dtype for name, c in next(iter(updates.values())).items()}
+    return Total(sums, whole, len(updates), dtypes)
+
+
+def row_of(total: Total, own: Update | None = None, weight: float = 1.0) -> dict[str, Tensor]:
+    """A Rest-of-World: ``(S − w_i c_i) / (Σ_j w_j − w_i)``, each number rounded once.
+
+    Args:
+        total: of all that counts.
+        own: exactly what is in the sum of the client itself; None: nothing is, and it gets the
+            mean of all.
+        weight: of ``own``. Who alone was counted gets zeros.
+    """
+    if own is None:
+        whole = total.weight
+        return {name: (t / whole).to(total.dtypes[name]) for name, t in total.sums.items()}
+    if total.count == 1:
+        return {n: torch.zeros_like(t, dtype=total.dtypes[n]) for n, t in total.sums.items()}
+    left = total.weight - weight
+    return {
+        name: ((t - own[name].double() * weight) / left).to(total.dtypes[name])
+        for name, t in total.sums.items()
+    }
+
+
 def leave_one_out(
     updates: Mapping[str, Update], weights: Mapping[str, float] | None = None
 ) -> Callable[[str], dict[str, Tensor]]:
-    """Rest-of-World by client: ``(Σ_j w_j c_j − w_i c_i) / (Σ_j w_j − w_i)``, made when asked for.
+    """Rest-of-World by client, as ``row_of`` has it, made when asked for.
 
     Args:
         updates: what counts, by client id.
         weights: by client id, such as its number of examples; all 1 by default.
 
     Returns:
-        A function of a client's id. A client that was not counted gets the mean of all, one that
-        alone was counted gets zeros.
+        A function of a client's id. A client that was not counted gets the mean of all.
     """
     weight = weights or dict.fromkeys(updates, 1.0)
-    total = _sum(list(updates), updates, weight)
-    whole = sum(weight[client] for client in updates)
-    dtypes = {name: c.dtype for name, c in next(iter(updates.values())).items()}
+    whole = total(updates, weight)
 
     def row(client: str) -> dict[str, Tensor]:
         if client not in updates:
-            return {name: (t / whole).to(dtypes[name]) for name, t in total.items()}
-        if len(updates) == 1:
-            return {name: torch.zeros_like(t, dtype=dtypes[name]) for name, t in total.items()}
+            return row_of(whole)
         if len(updates) == 2:  # the other's bits, which a sum need not give back
             (other,) = updates.keys() - {client}
             return {name: c.clone() for name, c in updates[other].items()}
-        own, left = updates[client], whole - weight[client]
-        return {
-            name: ((t - own[name].double() * weight[client]) / left).to(dtypes[name])
-            for name, t in total.items()
-        }
+        return row_of(whole, updates[client], weight[client])
 
     return row
 
@@ -92,6 +139,8 @@ def _sum(
     ids: Sequence[str], updates: Mapping[str, Update], weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
     total: dict[str, Tensor] | None = None
+    if len(ids) == 1:  # its own bits, negative zeros among them
+        return {name: c.double() * weights[ids[0]] for name, c in updates[ids[0]].items()}
     for client in ids:
         update = dict(updates[client])
         if total is None:

@@ -139,6 +139,28 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def frame_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over what of a base is the same however its linear layers are stored.
+
+    Those are the frozen weights outside of linear layers, such as embeddings and norms, and the
+    name and shape [N, K] of every linear layer.
+    """
+    digest = hashlib.sha256()
+    adapters = {name for name, _ in client_tensors(model)}
+    for name, module in model.named_modules():
+        own = [(f"{name}.{leaf}", p) for leaf, p in module.named_parameters(recurse=False)]
+        if is_quantized(module) or isinstance(module, nn.Linear):
+            weight = QuantizedWeight.of(module) if is_quantized(module) else module.weight
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            continue
+        for full, parameter in own:
+            if full not in adapters:
+                digest.update(f"{full} {tuple(parameter.shape)} {parameter.dtype}".encode())
+                bits = parameter.detach().view(_BITS[parameter.element_size()])
+                digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
+    return digest.hexdigest()
+
+
 class BaseWeights:
     """The adapted layers' base weights as they were loaded, for methods that add to them.
 

@@ -2,7 +2,7 @@
 
 from fedalt.report.client_sheets import unseen_table
 from fedalt.report.comparison import compare_page
-from fedalt.report.events import read_times
+from fedalt.report.events import read_events, read_times
 from fedalt.report.method_sheets import compare_csv, compare_table
 from fedalt.report.report import write_report
 from fedalt.report.summary import read_results
@@ -20,6 +20,7 @@ __all__ = [
     "digits_of",
     "method_verdict",
     "number",
+    "read_events",
     "read_results",
     "read_times",
     "table",

@@ -23,7 +23,7 @@ from fedalt.report.tables import (
 )
 
 UNSEEN_TITLE = "unseen clients (rounds are epochs of their fit)"
-MATTER = "base individual rest_of_world last best best_round gate loss low high".split()
+MATTER = "base individual rest_of_world last epsilon best best_round gate loss low high".split()
 """Columns that a terminal shows first, where it has not room for all."""
 
 Client = Mapping[str, Any]
@@ -74,6 +74,7 @@ def client_columns(group: Mapping[str, Any], metric: str) -> list[Column]:
         score("best", "best", metric, (best, "score")),
         single("round", "best_round", lambda c: c.get("best", {}).get("round"), 0, (best, "round")),
         *(other(name) for name in metrics_in(group) if name != metric),
+        single("epsilon", "epsilon", lambda c: c.get("epsilon"), 2, ("privacy", "epsilon")),
         Column("gate", "gate", mean_gate, 2, head=("mixer", "gate")),
         single(
             "train", "train", lambda c: c.get("records", {}).get("train"), 0, (records, "train")

@@ -14,7 +14,9 @@ from fedalt.report import tables
 from fedalt.report.events import Event, metrics_of, read_events_of
 from fedalt.report.intervals import interval
 
-FAULTS = {"refuse": "refused", "fail": "failed", "late": "late", "thin": "too few clients"}
+FAULTS = {"refuse": "refused", "fail": "failed", "late": "late", "thin": "too few clients"} | {
+    "spent": "privacy spent"
+}
 PARTS = ("individual", "rest_of_world")
 
 
@@ -98,6 +100,8 @@ def _client(events: Sequence[Event], main: str) -> dict[str, Any]:
         client["gates"] = dict(event["layers"])
     if parts := [event["micro_batch"] for event in kinds["train"] if "micro_batch" in event]:
         client["micro_batch"] = parts[-1]
+    for event in kinds["privacy"]:
+        client["epsilon"] = event["epsilon"]
     for event in kinds["answers"]:
         client["records"] = {"train": event["train"], "test": event["test"]}
         last = client.get("last", {})

@@ -1,17 +1,34 @@
 """The loop: everything set up, round by round, newcomers, methods side by side."""
 
+from fedalt.run.cohort import drawn, late
 from fedalt.run.comparison import compare
 from fedalt.run.federation import Federation
-from fedalt.run.join import join_run, joined_clients, score
+from fedalt.run.join import folder_of, join_run, joined_clients, score
+from fedalt.run.ledger import Ledger
+from fedalt.run.rounds import size_of
+from fedalt.run.scoring import begin, evaluate_clients, record_of, refuse_changed, write_end
 from fedalt.run.stage import Stage, check_base, put_adapters
+from fedalt.run.turns import installed, turn
 
 __all__ = [
     "Federation",
+    "Ledger",
     "Stage",
+    "begin",
     "check_base",
     "compare",
+    "drawn",
+    "evaluate_clients",
+    "folder_of",
+    "installed",
     "join_run",
     "joined_clients",
+    "late",
     "put_adapters",
+    "record_of",
+    "refuse_changed",
     "score",
+    "size_of",
+    "turn",
+    "write_end",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,33 +11,27 @@ from typing import Any
 import torch
 
 from fedalt.config import Config
-from fedalt.errors import InputError, RunFailed
-from fedalt.evaluation import Answers
+from fedalt.errors import RunFailed
 from fedalt.methods import get_method
-from fedalt.model import INDIVIDUAL, REST_OF_WORLD, GateMeter, adapter_alone, load_adapter_state
-from fedalt.report import count, read_results, write_report
-from fedalt.run.join import fit_in, score, told
+from fedalt.report import count
+from fedalt.run.join import fit_in
+from fedalt.run.ledger import Ledger
 from fedalt.run.rounds import Play
-from fedalt.run.stage import Member, Stage, set_stage
+from fedalt.run.scoring import begin, evaluate_clients, record_of, refuse_changed, write_end
+from fedalt.run.stage import Stage, set_stage
 from fedalt.store import (
-    CLIENTS,
     CONFIG,
-    NEXT,
-    RESULTS,
-    Checkpoint,
     Draft,
     Journal,
     Progress,
     claim_run_dir,
     free_run_dir,
     load_latest,
-    refuse_changes,
-    settings_of,
     sole_writer,
     write_atomic,
     writing,
 )
-from fedalt.training import count_steps, out_of_memory
+from fedalt.training import count_steps
 
 
 @dataclass(frozen=True)
@@ -91,36 +84,32 @@ class Federation:
         config = self.config
         saved = load_latest(out) if resume else None
         if saved:
-            _refuse_changes(stage, saved, out)
+            refuse_changed(stage, saved, out)
         write_atomic(out / CONFIG, config.to_yaml())
 
         done = saved.round if saved else -1
         micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
         kept = saved.record["metrics_bytes"] if saved else 0
+        ledger = Ledger(config, stage.known, saved.record.get("spent", {}) if saved else {})
         with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
             if done < config.rounds:
                 journal.start(done + 1, time.perf_counter() - began, _device(stage))
                 progress.say(_opening(stage, out, done + 1))
             for number in range(done + 1, config.rounds + 1):
+                if saved and ledger.closed():
+                    break
                 draft = Draft(out, number)
                 if saved is None:
-                    sent = _begin(stage, draft)
+                    sent = begin(stage, draft)
                 else:
-                    play = Play(stage, number, saved, draft, journal, progress, micro_batch)
+                    play = Play(stage, number, saved, draft, journal, progress, micro_batch, ledger)
                     sent, micro_batch = play.run(), play.micro_batch
-                if number % config.evaluate.every == 0 or number == config.rounds:
-                    _evaluate(stage, draft, number, journal, progress)
+                last = number == config.rounds or ledger.closed()
+                if number % config.evaluate.every == 0 or last:
+                    evaluate_clients(stage, draft, number, journal, progress, last)
                     stage.cuts.tell()
                 journal.sync()
-                record = {
-                    "clients": [member.id for member in stage.known],
-                    "classes": stage.classes,
-                    "fingerprints": stage.fingerprints,
-                    "settings": settings_of(config),
-                    "metrics_bytes": journal.size,
-                    "sent": sent,
-                    "micro_batch": micro_batch,
-                }
+                record = record_of(stage, journal, sent, micro_batch, ledger)
                 started = time.perf_counter()
                 saved = draft.commit(record, keep=config.save_total_limit)
                 journal.time(number, "save", "", time.perf_counter() - started)
@@ -134,10 +123,7 @@ class Federation:
                     progress.say(f"{member.id} could not join; see errors.log")
             stage.cuts.tell()
 
-        results = read_results(out)
-        write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
-        with writing(out / "report"):
-            table, page = write_report(out, f"{stage.method.name} on {config.data.name}")
+        results, table, page = write_end(out, f"{stage.method.name} on {config.data.name}")
         if not any(client["trained_rounds"] for client in results["clients"].values()):
             raise RunFailed(f"{out}: no update was good in any round; the report says why: {page}")
         return Result(out, results, table, page)
@@ -165,66 +151,3 @@ def _device(stage: Stage) -> str:
     """Where the model is, by name: ``cpu``, or a GPU's own."""
     device = next(stage.model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _begin(stage: Stage, draft: Draft) -> dict[str, int]:
-    """Round 0: every client's first state."""
-    for member in stage.known:
-        state = stage.first_state(member.id)
-        draft.put(CLIENTS, member.id, state)
-        if stage.method.keeps_local:
-            draft.put(NEXT, member.id, state)
-    return {}
-
-
-def _evaluate(
-    stage: Stage, draft: Draft, number: int, journal: Journal, progress: Progress
-) -> None:
-    """Score every client with what it uses; after the last round, with each adapter alone too.
-
-    Before the first round and after the last one, some answers are kept.
-    """
-    apart = stage.method.rest_of_world and stage.config.evaluate.parts
-    parts = (INDIVIDUAL, REST_OF_WORLD) if number == stage.config.rounds else ()
-    ends = number in (0, stage.config.rounds)
-    stage.load_base(draft)
-    for member in stage.known:
-        started = time.perf_counter()
-        load_adapter_state(stage.model, draft.state(CLIENTS, member.id).read())
-        meter = GateMeter(stage.model)
-        kept = Answers(stage.config.evaluate.answers) if ends else None
-        try:
-            scores = score(stage, member, meter, kept)
-            alone = {part: _score_alone(stage, member, part) for part in parts if apart}
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            size = stage.config.evaluate.batch_size
-            if number == 0:
-                raise RunFailed(
-                    f"out of memory while scoring {member.id}; lower evaluate.batch_size ({size})"
-                ) from None
-            journal.fail(number, member.id, error)
-            continue
-        journal.write("evaluate", number, member.id, **scores)
-        if kept is not None:
-            journal.write("answers", number, member.id, **told(stage, member, kept))
-        if stage.method.rest_of_world:
-            journal.write("gates", number, member.id, layers=meter.means())
-        for part, own in alone.items():
-            journal.write("part", number, member.id, part=part, **own)
-        journal.time(number, "evaluate", member.id, time.perf_counter() - started)
-        progress.evaluated(member.id, scores)
-
-
-def _score_alone(stage: Stage, member: Member, part: str) -> dict[str, float]:
-    with adapter_alone(stage.model, part):
-        return score(stage, member)
-
-
-def _refuse_changes(stage: Stage, saved: Checkpoint, out: Path) -> None:
-    refuse_changes(saved.record["settings"], settings_of(stage.config), saved.path)
-    before, now = saved.record["fingerprints"], stage.fingerprints
-    for name in now.keys() | before.keys():
-        if before.get(name) != now.get(name):
-            raise InputError(f"{out}: the {name} is not what it was when the run began; restore it")

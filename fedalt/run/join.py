@@ -141,15 +141,13 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
         raise InputError(
             f"{run_dir}: {config.method} changes the base until round {config.rounds}; join then"
         )
-    folder = Path(os.path.abspath(data))
-    alone = (folder / "train.jsonl").exists() or (folder / "train").is_dir()
-    where = replace(
-        config.data,
-        path=str(folder.parent if alone else folder),
-        clients=(folder.name,) if alone else (),
-        sources={},
-        columns={},
-    )
+    if config.privacy.on:
+        raise InputError(
+            f"{run_dir}: privacy.record_clip, and who joins fits itself in without noise; train it "
+            "in the federation"
+        )
+    path, alone = folder_of(data)
+    where = replace(config.data, path=path, clients=alone, sources={}, columns={})
     if epochs is None:
         epochs = config.federation.join_epochs
     settings = replace(config.federation, holdout=0.0, join_epochs=epochs)
@@ -165,6 +163,14 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
         fit_in(stage, saved, member, Path(run_dir))
     stage.cuts.tell()
     return unseen_table(read_results(Path(run_dir)))
+
+
+def folder_of(data: str) -> tuple[str, tuple[str, ...]]:
+    """A folder of clients, and of it the one client that is meant where ``data`` is its own."""
+    folder = Path(os.path.abspath(data))
+    if (folder / "train.jsonl").exists() or (folder / "train").is_dir():
+        return str(folder.parent), (folder.name,)
+    return str(folder), ()
 
 
 def joined_clients(run_dir: Path) -> dict[str, Path]:

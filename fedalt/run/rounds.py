@@ -5,16 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fedalt.errors import RunFailed
-from fedalt.methods import Clipped, Combined, Round, Update, change_norm, fault, out_of_proportion
-from fedalt.model import INDIVIDUAL, State, adapter_state, load_adapter_state, select
+from fedalt.methods import Clipped, Combined, Round, Update, change_norm, out_of_proportion
+from fedalt.model import INDIVIDUAL, select
 from fedalt.run.cohort import derive_seed, drawn, late
+from fedalt.run.ledger import Ledger
 from fedalt.run.stage import BASE, NEWCOMER, Member, Stage
+from fedalt.run.turns import installed, turn
 from fedalt.store import (
     CLIENTS,
     COUNTED,
@@ -27,7 +29,7 @@ from fedalt.store import (
     Progress,
     StoredState,
 )
-from fedalt.training import UnusedLayers, train_client
+from fedalt.training import UnusedLayers
 
 TRAINED, UPDATE = "trained", "update"
 """Groups of the draft that live for one round."""
@@ -40,6 +42,7 @@ class Play:
     Attributes:
         before: the checkpoint that the round starts from; ``draft``: the one that it writes.
         micro_batch: the examples that memory holds at once, so far as it is known; None: a batch.
+        ledger: what each client's records have spent of their privacy.
         finished: by id, the clients whose training counts, with the norm of their change.
         told: by id, what their training said.
         updates: by id, what counts of what they handed in, by clients that send anything.
@@ -52,8 +55,9 @@ class Play:
     journal: Journal
     progress: Progress
     micro_batch: int | None
+    ledger: Ledger
     finished: dict[str, float] = field(default_factory=dict)
-    told: dict[str, dict[str, float]] = field(default_factory=dict)
+    told: dict[str, Mapping[str, float]] = field(default_factory=dict)
     updates: dict[str, Update] = field(default_factory=dict)
 
     def run(self) -> dict[str, int]:
@@ -92,45 +96,41 @@ class Play:
     def _train(self, member: Member) -> str:
         """Train one client and take its update in; or why it failed or was refused."""
         stage, client, started = self.stage, member.id, time.perf_counter()
+        if reason := self.ledger.refusal(client):
+            self.journal.write("spent", self.number, client, reason=reason)
+            return f"{client}: {reason}"
         state = self.before.next(client)
-        keeps = stage.method.keeps_optimizer
         moments: Mapping[str, Tensor] = {}
-        if keeps and self.before.has(OPTIMIZER, client):
+        if stage.method.keeps_optimizer and self.before.has(OPTIMIZER, client):
             moments = self.before.state(OPTIMIZER, client)
         try:
-            load_adapter_state(stage.model, state.read())
-            result = train_client(
-                stage.model,
-                stage.examples(member).train,
-                replace(stage.config.train, micro_batch=self.micro_batch),
-                stage.task.loss,
-                trains=stage.trains(client),
-                seed=derive_seed(stage.config.seed, self.number, client),
-                count=stage.task.count,
-                optimizer=moments if keeps else None,
-                on_step=self.progress.step,
+            done = turn(
+                stage,
+                member,
+                self.number,
+                state.read(),
+                moments,
+                self.micro_batch,
+                self.progress.step,
             )
-            trained = adapter_state(stage.model)
-            update = hand_in(trained, stage.sends(client), client)
         except UnusedLayers:  # as it would be of every client
             raise
         except Exception as error:  # one client's fault must not end the others' round
             return f"{client}: {self.journal.fail(self.number, client, error)}; see errors.log"
-        self.micro_batch = result.micro_batch
+        self.micro_batch = done.micro_batch
+        if told := self.ledger.add(client, int(done.told["steps"])):
+            self.journal.write("privacy", self.number, client, **told)
         known = stage.sent_part(client, state)
-        reason = fault(update, known) or fault(trained, state)
-        if reason:
+        if reason := done.fault(state, known):
             self.journal.write("refuse", self.number, client, reason=reason)
             return f"{client}: {reason}"
-        self.draft.put(TRAINED, client, trained)
-        if result.optimizer:
-            self.draft.put(OPTIMIZER, client, result.optimizer)
-        if update:
-            self.updates[client] = self.draft.put(UPDATE, client, update)
-        self.finished[client] = change_norm(update, known)
-        self.told[client] = {"loss": result.loss, "steps": result.steps}
-        if result.micro_batch and result.micro_batch < stage.config.train.batch_size:
-            self.told[client]["micro_batch"] = result.micro_batch
+        self.draft.put(TRAINED, client, done.trained)
+        if done.optimizer:
+            self.draft.put(OPTIMIZER, client, done.optimizer)
+        if done.update:
+            self.updates[client] = self.draft.put(UPDATE, client, done.update)
+        self.finished[client] = change_norm(done.update, known)
+        self.told[client] = done.told
         self.journal.time(self.number, "train", client, time.perf_counter() - started)
         return ""
 
@@ -205,27 +205,24 @@ class Play:
             trained = client in self.finished
             own = self.draft.state(TRAINED, client) if trained else self.before.next(client)
             received = dict(combined.install(client)) if combined else {}
-            installed = {**own.read(), **received}
-            if method.keeps_local:
-                self.draft.put(NEXT, client, installed)
-                self.draft.put(
-                    CLIENTS, client, (own if trained else self.before.used(client)).read()
-                )
-            else:
-                self.draft.put(CLIENTS, client, installed)
+            before = own if trained else self.before.used(client)
+            used, after = installed(method, own.read(), before, received)
+            self.draft.put(CLIENTS, client, used)
+            if after is not None:
+                self.draft.put(NEXT, client, after)
             if method.counts_absent:
-                self._keep_counted(client, installed)
+                self._keep_counted(client, used)
             if method.keeps_optimizer and not trained:
                 has = self.before.has(OPTIMIZER, client)
-                before = self.before.state(OPTIMIZER, client) if has else {}
-                self.draft.put(OPTIMIZER, client, before)
+                moments = self.before.state(OPTIMIZER, client) if has else {}
+                self.draft.put(OPTIMIZER, client, moments)
             if trained and method.sends:
                 self.journal.write(
                     "traffic",
                     self.number,
                     client,
-                    sent=_bytes(self.updates.get(client, {})),
-                    received=_bytes(received) + (combined.extra_bytes if combined else 0),
+                    sent=size_of(self.updates.get(client, {})),
+                    received=size_of(received) + (combined.extra_bytes if combined else 0),
                 )
         if combined:
             self.draft.put(SERVER, NEWCOMER, dict(combined.install("")))
@@ -247,10 +244,5 @@ class Play:
                 self.draft.put(COUNTED, client, counts)
 
 
-def hand_in(state: State, parts: tuple[str, ...], client: str) -> State:
-    """All that leaves a client: the parts of its state that its method sends."""
-    return select(state, *parts)
-
-
-def _bytes(state: Mapping[str, Tensor]) -> int:
+def size_of(state: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in dict(state).values())

@@ -35,7 +35,7 @@ from fedalt.model import (
 from fedalt.run.cohort import check_cohort, derive_seed, held_out
 from fedalt.run.cuts import Cuts
 from fedalt.store import SERVER, Checkpoint, StateFolder, StoredState, read_peft_adapter
-from fedalt.training import check_optimizer, check_recomputes
+from fedalt.training import check_optimizer, check_privacy, check_recomputes
 
 BASE, NEWCOMER = "base", "newcomer"
 """The server's own states: what is added to the base weights, and what a newcomer installs."""
@@ -213,6 +213,8 @@ class Stage:
     def check_training(self) -> None:
         """Refuses, with ``InputError``, training that this model or machine cannot do."""
         check_optimizer(self.config.train)
+        for member in self.known:
+            check_privacy(self.config.privacy, member.examples, member.id)
         if self.config.train.gradient_checkpointing:
             check_recomputes(self.model)
 

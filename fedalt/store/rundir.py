@@ -42,8 +42,12 @@ def claim_run_dir(config: Config, resume: bool) -> Path:
 
 
 @contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
+def sole_writer(out: Path, patience: float = 0) -> Iterator[None]:
     """Keeps other processes from writing into a run while this one does.
+
+    Args:
+        out: the run directory.
+        patience: seconds to wait for one that is at it.
 
     Raises:
         InputError: another process is running it.
@@ -51,7 +55,7 @@ def sole_writer(out: Path) -> Iterator[None]:
     lock = FileLock(out / f"{DRAFT}lock")
     with writing(out):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             cure = "wait for it, or stop it"
             raise InputError(f"{out}: another process is running it; {cure}") from None

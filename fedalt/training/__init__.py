@@ -5,16 +5,20 @@ from fedalt.training.client import count_steps, train_client
 from fedalt.training.loss import answer_loss, class_loss, token_losses
 from fedalt.training.micro import out_of_memory
 from fedalt.training.optimizers import check_optimizer
+from fedalt.training.private import check_privacy, epsilon_after, sampling_rate
 from fedalt.training.unused import UnusedLayers
 
 __all__ = [
     "UnusedLayers",
     "answer_loss",
     "check_optimizer",
+    "check_privacy",
     "check_recomputes",
     "class_loss",
     "count_steps",
+    "epsilon_after",
     "out_of_memory",
+    "sampling_rate",
     "token_losses",
     "train_client",
 ]

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fedalt.config import TrainConfig
+from fedalt.config import PrivacyConfig, TrainConfig
 from fedalt.model import State, set_trainable, sum_dtype
 from fedalt.training.activations import offloading, recomputing
 from fedalt.training.micro import Count, Loss, largest_gradient
 from fedalt.training.optimizers import moments_of, optimizing
+from fedalt.training.private import PrivateSteps
 from fedalt.training.unused import UnusedWatch
 
 
@@ -46,6 +47,7 @@ def train_client(
     seed: int,
     count: Count = len,
     optimizer: Mapping[str, Tensor] | None = None,
+    privacy: PrivacyConfig | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train, in place, the named parts of ``model``, which holds the client's state.
@@ -62,6 +64,7 @@ def train_client(
         count: the terms that ``loss`` is the mean of, by which parts of a batch are weighted.
         optimizer: the moments of an earlier ``TrainResult``, or an empty mapping to begin with;
             None where nobody keeps them.
+        privacy: where it is on, steps are those of ``PrivateSteps``, a record at a time.
         on_step: called after every step, for progress.
 
     Raises:
@@ -83,6 +86,9 @@ def train_client(
         with forward:
             return loss(model, batch)
 
+    private = None
+    if privacy is not None and privacy.on:
+        private = PrivateSteps(examples, config.batch_size, privacy, offloaded)
     model.train()
     try:
         with (
@@ -100,10 +106,14 @@ def train_client(
                 with optimizing(trained, config, optimizer or {}) as adamw:
                     schedule = LambdaLR(adamw, _schedule(share, config))
                     for _ in range(share):
-                        batch = next(stream)
-                        step_loss, size = largest_gradient(model, batch, offloaded, count, size)
-                        watch.look()
-                        torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
+                        if private:
+                            batch = private.batch()
+                            step_loss = private.gradient(model, trained, batch, watch.look)
+                        else:
+                            batch = next(stream)
+                            step_loss, size = largest_gradient(model, batch, offloaded, count, size)
+                            watch.look()
+                            torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
                         adamw.step()
                         schedule.step()
                         adamw.zero_grad(set_to_none=True)

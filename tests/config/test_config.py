@@ -109,7 +109,7 @@ def test_a_bad_file_is_named(tmp_path, content, message):
         ("=3", "-c =3: wants key.path=value"),
         ("rounds.deep=3", "'rounds' holds a value, not a group of settings"),
         ("rounds=[", r"-c rounds=\[: the value is not readable as YAML"),
-        ("nope=1", "unknown key nope; known: method, rounds"),
+        ("zzz=1", "unknown key zzz; known: method, rounds"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path, override, message):

@@ -22,7 +22,7 @@ from fedalt.methods.method import Round
 from fedalt.model import states
 from fedalt.report.events import read_events
 from fedalt.run import federation as run
-from fedalt.run import rounds
+from fedalt.run import turns as run_turns
 from fedalt.run.cohort import derive_seed
 from fedalt.store.checkpoint import Checkpoint, load_checkpoint
 from fedalt.training.client import TrainResult
@@ -199,20 +199,20 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
         for client in EXAMPLES
     }
 
-    def train(model, examples, settings, loss, *, trains, seed, count, optimizer, on_step):
-        number, client = turn = turns[seed]
+    def train(model, examples, settings, loss, *, trains, seed, count, optimizer, privacy, on_step):
+        number, client = which = turns[seed]
         assert len(examples) == EXAMPLES[client]
-        seen.before[turn], seen.moments[turn] = states.adapter_state(model), optimizer
+        seen.before[which], seen.moments[which] = states.adapter_state(model), optimizer
         for parts in trains:
             states.set_trainable(model, parts)
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data += nudge(client, number, parameter.shape)
-        seen.trained[turn] = states.adapter_state(model)
+        seen.trained[which] = states.adapter_state(model)
         kept = {} if optimizer is None else {"w.step": torch.tensor(float(number))}
         return TrainResult(1.0, 3, kept)
 
-    hand_in = rounds.hand_in
+    hand_in = run_turns.hand_in
 
     def watch(state, parts, client):
         update = hand_in(state, parts, client)
@@ -220,14 +220,14 @@ def run_nudged(config: Config, monkeypatch: pytest.MonkeyPatch, **changes: objec
         seen.handed[number, client] = update
         return update
 
-    monkeypatch.setattr(rounds, "train_client", train)
-    monkeypatch.setattr(rounds, "hand_in", watch)
-    monkeypatch.setattr(run, "_evaluate", _score)
+    monkeypatch.setattr("fedalt.run.turns.train_client", train)
+    monkeypatch.setattr("fedalt.run.turns.hand_in", watch)
+    monkeypatch.setattr(run, "evaluate_clients", _score)
     fedalt.Federation(config).run()
     return seen
 
 
-def _score(stage, draft, number, journal, progress):
+def _score(stage, draft, number, journal, progress, last):
     for member in stage.known:
         journal.write("evaluate", number, member.id, rouge1=1.0, loss=1.0)
 

@@ -9,7 +9,7 @@ import torch
 import fedalt
 from fedalt.cli import main
 from fedalt.evaluation.tasks import TextTask
-from fedalt.run import rounds
+from fedalt.run import turns
 from fedalt.store.checkpoint import load_checkpoint
 from tests.conftest import write_client
 from tests.run.test_run import average, close, events_of, part, quick, run, same, used
@@ -57,7 +57,7 @@ def spoilt(monkeypatch):
     """Have a client's hand-ins spoilt, in every round or in some."""
 
     def spoil(client, how, only=()):
-        honest, calls = rounds.hand_in, []
+        honest, calls = turns.hand_in, []
 
         def hand_in(state, parts, name):
             update = honest(state, parts, name)
@@ -66,7 +66,7 @@ def spoilt(monkeypatch):
             calls.append(1)
             return how(update) if not only or len(calls) in only else update
 
-        monkeypatch.setattr(rounds, "hand_in", hand_in)
+        monkeypatch.setattr("fedalt.run.turns.hand_in", hand_in)
 
     return spoil
 
