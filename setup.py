@@ -64,7 +64,7 @@ setup(
             "report/style.css",
             "report/script.js",
         ],
-        "fedalt_kernels": ["py.typed", "triton/tuned/*.json"],
+        "fedalt_kernels": ["py.typed", "triton/tuned/*.json", "triton/hopper/*.json"],
     },
     install_requires=[
         "torch>=2.11",

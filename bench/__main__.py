@@ -52,6 +52,12 @@ def _kernels(options: argparse.Namespace) -> None:
     kernels.run(options.budget, _folder(options), options.workers)
 
 
+def _prove(options: argparse.Namespace) -> int:
+    from . import prove
+
+    return prove.run()
+
+
 def _model(options: argparse.Namespace) -> None:
     from . import model
 
@@ -234,6 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_time(tune, 600.0)
     tune.set_defaults(command=_tune)
 
+    prove = commands.add_parser("prove", help="tests Hopper's kernels here, and records it")
+    prove.set_defaults(command=_prove)
     gpu = commands.add_parser("gpu", help="kernels, plots, model and memory within ten minutes")
     _add_time(gpu, WHOLE_S)
     _add_place(gpu)

@@ -257,7 +257,7 @@ def compile_launch(target: str, launch: Launch) -> Compiled:
 
 
 def _missing(code: str) -> list[str]:
-    """What a kernel of Hopper's own lacks: copies, more registers for consumers, products in flight.
+    """What a kernel of Hopper's own lacks: copies, registers for consumers, products in flight.
 
     The assembler makes every product wait for the one before where registers are too few for it.
     """

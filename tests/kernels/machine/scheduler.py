@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 MOST_POLLS = 3000  # of all spinning tasks together, while nothing else happens
-LANDS_FIRST = 0.3  # probability that something under way ends before a task goes on
+LAZINESS = 0.03, 0.3, 0.7  # probability that something under way ends before a task goes on
 
 
 class Fault(AssertionError):
@@ -51,6 +51,7 @@ class Task:
 class Scheduler:
     def __init__(self, seed: int, programs: int) -> None:
         self.random, self.programs = random.Random(seed), programs
+        self.laziness = self.random.choice(LAZINESS)
         self.tasks: list[Task] = []
         self.later: list[Callable[[], None]] = []
         self.polls = 0
@@ -66,7 +67,7 @@ class Scheduler:
             if (not ready and not self.later) or self.polls > MOST_POLLS:
                 waits = "; ".join(f"{task.name} for {task.reason or 'a flag'}" for task in left)
                 raise Fault(f"deadlock: {waits}")
-            if self.later and (not ready or self.random.random() < LANDS_FIRST):
+            if self.later and (not ready or self.random.random() < self.laziness):
                 self.later.pop(self.random.randrange(len(self.later)))()
                 self.polls = 0
                 continue
