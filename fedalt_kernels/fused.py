@@ -7,16 +7,17 @@ then, forward:
 ==========  ======================================================================  ==============
 decode      one launch: slices of P, meanwhile W streams; reads adapters unpacked   M ≤ 64
 recompute   one launch: the narrow products inside the base product's loop          few tiles
+hopper      one persistent launch in Gluon, `triton.hopper`; backward likewise      sm_90, proven
 overlapped  one persistent launch: blocks of S first, tiles of y need them last     sm_90, sm_100
 split       `_project` makes S, `_contract` takes S Bᵀ as a step of the product     any
 expand      `_project`; cuBLAS makes x Wᵀ, `_contract` adds S Bᵀ to it              float32, odd
 ==========  ======================================================================  ==============
 
-The last column is what a schedule is chosen for (`tiles.forward_schedule`); what it cannot serve is
-in `tiles.unserved`.  Backward: overlapped, split and expand likewise, with dP for S; the sums over
-tokens, dA with dG and dB, are launches of their own, but for dB of few ranks: its shares are made
-in the pass over dY that makes dP, and added up beside dA.  Under dropout the mask is made once as
-bits.
+The last column is what a schedule is chosen for (`tiles.forward_schedule`, and
+`hopper.serves_forward` before it); what it cannot serve is in `tiles.unserved`.  Backward:
+overlapped, split and expand likewise, with dP for S; the sums over tokens, dA with dG and dB, are
+launches of their own, but for dB of few ranks: its shares are made in the pass over dY that makes
+dP, and added up beside dA.  Under dropout the mask is made once as bits.
 
 Decode reads a quantized weight as it is stored; for the others it is first written out, into memory
 that all layers share.
