@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -14,6 +16,7 @@ from fedalt.flower.parcel import ROUND, Parcel
 from fedalt.flower.server import Server
 from fedalt.flower.site import Site
 from fedalt.model.states import State
+from fedalt.report.events import read_events
 from fedalt.store.checkpoint import load_checkpoint, load_latest
 
 Answer = Parcel | str
@@ -60,6 +63,10 @@ class Loopback:
     def replies(self, tickets):
         return {ticket: self.box.pop(ticket) for ticket in tickets if ticket in self.box}
 
+    def clock(self) -> float:
+        """Seconds, of which only waiting takes some: no test depends on the machine's speed."""
+        return 0.05 * self.waits
+
     def wait(self) -> None:
         self.waits += 1
         self.gone |= {node for node, last in self.leaving.items() if self.waits > last}
@@ -86,7 +93,9 @@ def federation(
 
 
 def serve(link: Loopback, config: Config, root: Path, wait: float = 5.0, **more: Any) -> None:
-    Server(link, replace(config, out=str(root / "server")), len(link.sites), wait, **more).run()
+    server = Server(link, replace(config, out=str(root / "server")), len(link.sites), wait, **more)
+    with patch("fedalt.flower.mail.time", SimpleNamespace(monotonic=link.clock)):
+        server.run()
 
 
 def last_states(root: Path, clients=("ann", "bob", "cyd")) -> dict[str, State]:
@@ -118,3 +127,7 @@ def small(config: Config, **changes: Any) -> Config:
     evaluate = replace(config.evaluate, answers=1, max_new_tokens=2)
     given = {"lora": lora, "rounds": 3, "train": train, "evaluate": evaluate}
     return replace(config, **given | changes)
+
+
+def events(root, kind, who="server"):
+    return [e for e in read_events(root / who / "metrics.jsonl") if e["event"] == kind]
