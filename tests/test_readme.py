@@ -97,6 +97,7 @@ def test_the_page_of_runs_runs(tmp_path, monkeypatch) -> None:
     names = run(ROOT / "docs" / "runs.md")
     assert names["answer"].shape[1] > names["prompt"].input_ids.shape[1]
     assert any(isinstance(module, MixedLoRALinear) for module in names["model"].modules())
+    assert len(names["answers"]) == 2
 
 
 def test_methods_that_are_added_as_told_combine() -> None:

@@ -10,6 +10,7 @@ from fedalt.model.base import (
 )
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
+from fedalt.model.grouped import ClientRows, stack_clients
 from fedalt.model.logits import mark_chunkable
 from fedalt.model.states import (
     HEAD,
@@ -45,6 +46,7 @@ __all__ = [
     "MIXER",
     "REST_OF_WORLD",
     "BaseWeights",
+    "ClientRows",
     "GateMeter",
     "State",
     "adapter_alone",
@@ -74,6 +76,7 @@ __all__ = [
     "renamed",
     "select",
     "set_trainable",
+    "stack_clients",
     "sum_dtype",
     "usable_device",
     "without_gradient",
