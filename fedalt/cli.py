@@ -25,7 +25,7 @@ from fedalt.errors import InputError, InputWarning, RunFailed
 from fedalt.memory import foretell
 from fedalt.report import write_report, write_tensorboard
 from fedalt.run import Federation, compare, join_run
-from fedalt.serving import evaluate_run, export_client
+from fedalt.serving import evaluate_run, export_client, export_flat
 from fedalt.store import CONFIG
 from fedalt_kernels import __version__
 
@@ -151,6 +151,9 @@ def _join(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.flat:
+        print(export_flat(options.run, options.client, options.to, options.data))
+        return
     folder = export_client(options.run, options.client, options.to)
     print(f"{options.client}: PEFT adapters and mixer in {folder}")
 
@@ -282,11 +285,14 @@ def _parser() -> argparse.ArgumentParser:
         _export,
         "write a client's adapters in PEFT's file format",
         "fedalt export runs/mine ID --to adapters/ID",
+        "fedalt export runs/mine ID --to adapters/ID --flat    # one plain LoRA",
         "python -c 'import fedalt; model, tokenizer = fedalt.load_export(\"adapters/ID\")'",
     )
     export.add_argument("run", metavar="RUN", help="a run directory")
     export.add_argument("client", metavar="CLIENT", help="a client's id")
     export.add_argument("--to", required=True, help="a new folder")
+    export.add_argument("--flat", action="store_true", help="one plain LoRA, mean gates folded in")
+    export.add_argument("--data", default="", help="for --flat: records that are not the run's own")
 
     report = _command(
         commands,
