@@ -25,7 +25,7 @@ from fedalt.errors import InputError, InputWarning, RunFailed
 from fedalt.memory import foretell
 from fedalt.report import write_report, write_tensorboard
 from fedalt.run import Federation, compare, join_run
-from fedalt.serving import evaluate_run, export_client, export_flat
+from fedalt.serving import evaluate_run, export_client, export_flat, serve
 from fedalt.store import CONFIG
 from fedalt_kernels import __version__
 
@@ -156,6 +156,11 @@ def _export(options: argparse.Namespace) -> None:
         return
     folder = export_client(options.run, options.client, options.to)
     print(f"{options.client}: PEFT adapters and mixer in {folder}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    options.cure = "the clients are as they were"
+    serve(options.run, options.host, _whole_number(options.port, "--port"))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -293,6 +298,19 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, help="a new folder")
     export.add_argument("--flat", action="store_true", help="one plain LoRA, mean gates folded in")
     export.add_argument("--data", default="", help="for --flat: records that are not the run's own")
+
+    server = _command(
+        commands,
+        _serve,
+        "answer for a run's clients over HTTP, by OpenAI's protocol",
+        "fedalt serve runs/mine --port 8000",
+        "curl 127.0.0.1:8000/v1/models",
+    )
+    server.add_argument("run", metavar="RUN", help="a run directory")
+    server.add_argument(
+        "--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone"
+    )
+    server.add_argument("--port", default="8000", help="default: 8000")
 
     report = _command(
         commands,

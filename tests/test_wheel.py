@@ -149,8 +149,10 @@ def test_every_error_names_a_missing_package_by_the_extra_that_has_it():
     assert sorted(calls) == [
         ("bitsandbytes", "quantized"),
         ("datasets", "data"),
+        ("fastapi", "serve"),
         ("scikit-learn", "data"),
         ("tensorboard", "tensorboard"),
+        ("uvicorn", "serve"),
     ]
     assert all(package in extras()[extra] for package, extra in calls)
     assert {name for name, _ in lines} == {"errors.py", "choice.py"}

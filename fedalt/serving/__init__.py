@@ -4,6 +4,7 @@ from fedalt.serving.clients import evaluate_run, load_client
 from fedalt.serving.export import export_client, load_export
 from fedalt.serving.flat import export_flat
 from fedalt.serving.many import load_clients
+from fedalt.serving.server import serve
 
 __all__ = [
     "evaluate_run",
@@ -12,4 +13,5 @@ __all__ = [
     "load_client",
     "load_clients",
     "load_export",
+    "serve",
 ]
