@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from fedalt.config import DataConfig
 from fedalt.data import Record, encode
-from fedalt.errors import InputError, not_installed
+from fedalt.errors import InputError, first_line, not_installed
 from fedalt.run import joined_clients
 from fedalt.serving import protocol
 from fedalt.serving.decoding import Busy, Decoder, Piece, Request, check_prompt
@@ -26,8 +27,8 @@ def serve(run_dir: str | Path, host: str = "127.0.0.1", port: int = 8000) -> Non
     are greedy. Requests that wait together are decoded in one batch.
 
     Raises:
-        InputError: no such run or checkpoint, its clients are of images or have trained heads, or
-            FastAPI or uvicorn is missing.
+        InputError: no such run or checkpoint, its clients are of images or have trained heads, the
+            port cannot be had, or FastAPI or uvicorn is missing.
     """
     config, saved = load_run(run_dir)
     if config.data.kind == "image":
@@ -43,7 +44,17 @@ def serve(run_dir: str | Path, host: str = "127.0.0.1", port: int = 8000) -> Non
     ids = [*saved.record["clients"], *joined_clients(Path(run_dir))]
     model, tokenizer = load_clients(run_dir, ids)
     app = application(model, tokenizer, config.data)
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    with _listening(host, port) as listener:
+        address = "http://{}:{}".format(*listener.getsockname()[:2])
+        print(f"{len(ids)} clients at {address}/v1; Ctrl-C ends it", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port: cannot listen at {host}:{port}: {first_line(error)}") from None
 
 
 def application(model: ClientsModel, tokenizer: Any, data: DataConfig) -> Any:

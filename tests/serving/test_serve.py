@@ -1,7 +1,9 @@
 """``fedalt serve``: OpenAI's protocol over a socket, answers as each client's own model gives."""
 
 import json
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -160,6 +162,12 @@ def test_messages_must_be_texts():
 def test_what_is_not_there_is_named(finished, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"config.yaml: cannot read"):
         serve(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port: cannot listen at 127.0.0.1:{port}: "):
+            serve(finished, port=port)
+    with pytest.raises(InputError, match=r"--port: cannot listen at 127\.0\.0\.1:70000"):
+        serve(finished, port=70000)
     for package in ("uvicorn", "fastapi"):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(InputError, match=rf"wants {package}: pip install 'fedalt\[serve\]'"):
@@ -230,3 +238,18 @@ def test_openais_own_client_understands(server):
     with pytest.raises(openai.BadRequestError, match="n must be 1"):
         client.chat.completions.create(**asked, n=2)
     client.close()
+
+
+def test_the_command_serves_until_it_is_interrupted(finished):
+    command = [sys.executable, "-m", "fedalt", "serve", str(finished), "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        line = process.stdout.readline()
+        assert line.startswith("3 clients at http://127.0.0.1:"), process.stderr.read()
+        address = line.split()[3].removesuffix("/v1;")
+        assert completion(address, "cyd", "say 1")["choices"][0]["text"]
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == "fedalt: interrupted; the clients are as they were"
+    assert "Traceback" not in told
