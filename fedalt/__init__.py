@@ -7,7 +7,7 @@ from fedalt.errors import InputError, InputWarning
 from fedalt.methods import rest_of_world
 from fedalt.model import individual_state, inject, load_rest_of_world
 from fedalt.run import Federation
-from fedalt.serving import load_client, load_export
+from fedalt.serving import load_client, load_clients, load_export
 from fedalt_kernels import __version__
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "individual_state",
     "inject",
     "load_client",
+    "load_clients",
     "load_config",
     "load_export",
     "load_rest_of_world",

@@ -26,7 +26,7 @@ from fedalt.flower import bring_up, init_app
 from fedalt.memory import foretell
 from fedalt.report import write_report, write_tensorboard
 from fedalt.run import Federation, compare, join_run
-from fedalt.serving import evaluate_run, export_client
+from fedalt.serving import evaluate_run, export_client, export_flat, serve
 from fedalt.store import CONFIG
 from fedalt_kernels import __version__
 
@@ -152,8 +152,16 @@ def _join(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.flat:
+        print(export_flat(options.run, options.client, options.to, options.data))
+        return
     folder = export_client(options.run, options.client, options.to)
     print(f"{options.client}: PEFT adapters and mixer in {folder}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    options.cure = "the clients are as they were"
+    serve(options.run, options.host, _whole_number(options.port, "--port"))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -292,11 +300,27 @@ def _parser() -> argparse.ArgumentParser:
         _export,
         "write a client's adapters in PEFT's file format",
         "fedalt export runs/mine ID --to adapters/ID",
+        "fedalt export runs/mine ID --to adapters/ID --flat    # one plain LoRA",
         "python -c 'import fedalt; model, tokenizer = fedalt.load_export(\"adapters/ID\")'",
     )
     export.add_argument("run", metavar="RUN", help="a run directory")
     export.add_argument("client", metavar="CLIENT", help="a client's id")
     export.add_argument("--to", required=True, help="a new folder")
+    export.add_argument("--flat", action="store_true", help="one plain LoRA, mean gates folded in")
+    export.add_argument("--data", default="", help="for --flat: records that are not the run's own")
+
+    server = _command(
+        commands,
+        _serve,
+        "answer for a run's clients over HTTP, by OpenAI's protocol",
+        "fedalt serve runs/mine --port 8000",
+        "curl 127.0.0.1:8000/v1/models",
+    )
+    server.add_argument("run", metavar="RUN", help="a run directory")
+    server.add_argument(
+        "--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone"
+    )
+    server.add_argument("--port", default="8000", help="default: 8000")
 
     report = _command(
         commands,

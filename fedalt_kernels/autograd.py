@@ -77,7 +77,7 @@ class MixedLoRA(torch.autograd.Function):
         branches = _branches(ctx.constants, mixer, seed, factors)
         needs = ctx.needs_input_grad[1:]
         _, backward = _implementation(ctx.constants[0])
-        with _without_autocast(x.device.type), undifferentiated():
+        with without_autocast(x.device.type), undifferentiated():
             drows = dy.reshape(-1, base.shape[0]).contiguous()
             grads = iter(backward(drows, rows_of(x), base, low, gates, branches, needs, *more))
             dx, *others = [next(grads) if need else None for need in needs]
@@ -112,7 +112,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return x, low, gates, mixer, seed, rest[: 2 * count], base, rest[ctx.base_end :]
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast would change the dtype of some of these products under an in-place sum."""
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -2,30 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
 from .api import mixed_lora_linear
-from .checks import IMPLEMENTATIONS, check_quantized, stores_transposed
-from .quantized import QuantizedWeight, storage_of
+from .base import FrozenBase, LowRank, kaiming_uniform_
+from .checks import IMPLEMENTATIONS
 from .sharing import SharedInput
 
 SCALAR = "scalar"
 
 
-class LowRank(nn.Module):
-    """The factors of one adapter: ``a`` [rank, K] and ``b`` [N, rank]."""
-
-    def __init__(self, a: Tensor, b: Tensor, *, trainable: bool) -> None:
-        super().__init__()
-        self.a = nn.Parameter(a, requires_grad=trainable)
-        self.b = nn.Parameter(b, requires_grad=trainable)
-
-
-class MixedLoRALinear(nn.Module):
+class MixedLoRALinear(FrozenBase):
     """A frozen linear layer with an individual LoRA, a frozen Rest-of-World LoRA and a mixer::
 
         [g_0, g_1] = softmax(mixer x)
@@ -60,7 +51,6 @@ class MixedLoRALinear(nn.Module):
             stored as `QuantizedWeight` says.
     """
 
-    base: nn.Linear  # or one of the others
     shared: SharedInput | None  # the layers that read the same x
     individual: LowRank
     rest_of_world: LowRank | None
@@ -77,10 +67,8 @@ class MixedLoRALinear(nn.Module):
         mixer: bool | str | tuple[float, ...] | None = True,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(base)
         self.shared = None
-        self.quantized = storage_of(base) != ""
-        self.transposed = not self.quantized and stores_transposed(base)
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
         if not (math.isfinite(alpha) and alpha > 0):
@@ -96,13 +84,10 @@ class MixedLoRALinear(nn.Module):
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
         self.rank, self.alpha, self.dropout, self.impl = rank, alpha, dropout, impl
         self.scaling = alpha / rank
-        self.base = cast("nn.Linear", base.requires_grad_(False))
+        base.requires_grad_(False)
         weight = self.weight
-        dtype = torch.float32
-        if isinstance(weight, QuantizedWeight):
-            check_quantized(weight, weight.device)
-        elif weight.dtype == torch.float64:
-            dtype = torch.float64
+        wide = isinstance(weight, Tensor) and weight.dtype == torch.float64
+        dtype = torch.float64 if wide else torch.float32
 
         def zeros(rows: int, columns: int) -> Tensor:
             return torch.zeros(rows, columns, dtype=dtype, device=weight.device)
@@ -121,38 +106,10 @@ class MixedLoRALinear(nn.Module):
         self.reset_parameters()
 
     @property
-    def weight(self) -> Tensor | QuantizedWeight:
-        """The base weight [N, K], whichever way it is stored."""
-        base = self._modules["base"]
-        if self.quantized:
-            return QuantizedWeight.of(base)  # anew, since `.to` gives it other tensors
-        weight = self._owned("base")["weight"]
-        return weight.t() if self.transposed else weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base bias [N], or None."""
-        return self.base.bias
-
-    @property
-    def in_features(self) -> int:
-        """K"""
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """N"""
-        return self.weight.shape[0]
-
-    @property
     def adapters(self) -> tuple[Adapter, ...]:
         """The adapters in the order of the mixer's rows: individual, then Rest-of-World."""
         owned = [self._owned(name) for name in self.names]
         return tuple([Adapter(each["a"], each["b"]) for each in owned])
-
-    def _owned(self, name: str) -> dict[str, Any]:
-        """A child's own parameters, read several times faster than by nn.Module.__getattr__."""
-        return self._modules[name]._parameters  # type: ignore[union-attr]
 
     @torch.no_grad()
     def set_rank(self, rank: int) -> None:
@@ -184,7 +141,7 @@ class MixedLoRALinear(nn.Module):
 
         Values are drawn on the generator's device, so one seed gives one start on every device.
         """
-        _kaiming_uniform(self.individual.a, generator)
+        kaiming_uniform_(self.individual.a, generator)
         nn.init.zeros_(self.individual.b)
         if self.rest_of_world is not None:
             nn.init.zeros_(self.rest_of_world.a)
@@ -192,7 +149,7 @@ class MixedLoRALinear(nn.Module):
         if self.mixer is not None and self.mixer.ndim == 1:
             nn.init.zeros_(self.mixer)
         elif self.mixer is not None:
-            _kaiming_uniform(self.mixer, generator)
+            kaiming_uniform_(self.mixer, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
@@ -239,11 +196,6 @@ def unused_layers(model: nn.Module) -> list[str]:
             if trained and all(p.grad is None for p in trained):
                 names.append(name)
     return names
-
-
-def _kaiming_uniform(tensor: Tensor, generator: torch.Generator | None) -> None:
-    drawn = torch.empty_like(tensor, device=generator.device if generator else tensor.device)
-    tensor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
 
 
 def _are_weights(mixer: object) -> bool:

@@ -35,6 +35,14 @@ def forward(
         bias: [N] or None, dtype of x.
         branches: the adapters and how to mix them.
     """
+    y = linear(x, dense(weight, x.dtype))  # [M, K] [K, N]
+    return y, *add_adapters(y, x, bias, branches)
+
+
+def add_adapters(
+    y: Tensor, x: Tensor, bias: Tensor | None, branches: Branches
+) -> tuple[Tensor, Tensor | None]:
+    """Adds the bias and the adapters to the base product y [M, N]; returns P and the gates."""
     down = _joined(branches.downs, 0, x.dtype)
     if branches.threshold:
         masked = (_mask(block, first, branches).mul_(block) for first, (block,) in _blocks(x))
@@ -51,9 +59,8 @@ def forward(
         # As one more column it costs nothing; addmm would first copy it to every row of y.
         strip = torch.cat((strip, strip.new_ones(strip.shape[0], 1)), 1)
         up = torch.cat((up, bias.unsqueeze(1)), 1)
-    y = linear(x, dense(weight, x.dtype))  # [M, K] [K, N]
     y.addmm_(strip, up.t())  # [M, R + 1] [R + 1, N]
-    return y, low, gates
+    return low, gates
 
 
 def backward(
@@ -73,11 +80,25 @@ def backward(
         low, gates: as `forward` returned them.
         needs: 2 + 2 E flags.
     """
+    dx = dy @ dense(weight, x.dtype) if needs[0] else None  # [M, N] [N, K]
+    return add_gradients(dx, dy, x, low, gates, branches, needs)
+
+
+def add_gradients(
+    dx: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    low: Tensor,
+    gates: Tensor | None,
+    branches: Branches,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """As `backward`, given the base's part of dX [M, K], which it adds to; None: not wanted."""
     split = 2 + len(branches.downs)
-    needs_x, needs_rows, needs_ups = needs[0], needs[1:split], needs[split:]
+    needs_rows, needs_ups = needs[1:split], needs[split:]
     grads: list[Tensor] = []
     dups = _up_gradients(dy, low, gates, branches, needs_ups) if any(needs_ups) else []
-    if needs_x or any(needs_rows):
+    if dx is not None or any(needs_rows):
         dlow = dy @ _up(branches, x.dtype)  # T: [M, N] [N, R]
         dlogits = None
         if gates is not None:
@@ -86,7 +107,6 @@ def backward(
             dgates = _sums(t * low, branches)
             dlogits = torch._softmax_backward_data(dgates, gates, -1, gates.dtype)
             dlogits = _cast(dlogits, x.dtype)
-        dx = dy @ dense(weight, x.dtype) if needs_x else None  # [M, N] [N, K]
         add = _add_dropped if branches.threshold else _add_plain
         rows = add(dx, x, dlow, dlogits, branches, needs_rows)
         grads = rows if dx is None else [dx, *rows]

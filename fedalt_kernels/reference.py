@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .dropout import drop_threshold, keep_mask, keep_scale
+from .segments import Segments
 
 
 def reference(
@@ -66,3 +67,37 @@ def reference(
         gated = (low * gate).to(dtype)
         y = y + scaling * (gated @ b.to(dtype).T)
     return y
+
+
+def grouped_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    mixer: Tensor | tuple[float, ...] | None,
+    segments: Segments,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seeds: Sequence[int] | None = None,
+) -> Tensor:
+    """Each client's rows by `reference`; as in `fedalt_kernels.mixed_lora_linear_grouped`.
+
+    Args:
+        segments: of the M rows of x.
+    """
+    rows = segments.sort(x.reshape(-1, x.shape[-1]))
+    parts = [
+        reference(
+            part,
+            weight,
+            bias,
+            [Adapter(a[c], b[c]) for a, b in adapters],
+            mixer[c] if isinstance(mixer, Tensor) else mixer,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=None if seeds is None else seeds[c],
+        )
+        for c, part in enumerate(rows.split(segments.sizes))
+    ]
+    return segments.restore(torch.cat(parts)).view(*x.shape[:-1], weight.shape[0])

@@ -222,6 +222,7 @@ COMMANDS = {
     "report": (),
     "join": ("--data", "zoe"),
     "export": ("bob", "--to", "adapter"),
+    "serve": (),
 }
 """What reads a run, with what else it must be told."""
 

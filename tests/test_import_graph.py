@@ -9,12 +9,13 @@ from scripts import house
 
 # Every arrow of the kernels; a module of Triton kernels may import only its own shared parts.
 KERNELS = {
-    "": {"api", "fp8", "layer", "quantized"},
+    "": {"api", "fp8", "grouped_api", "grouped_layer", "layer", "quantized", "segments"},
     "adapter": set(),
     "dropout": set(),
     "quantized": set(),
     "fp8": {"quantized"},
-    "reference": {"adapter", "dropout"},
+    "segments": set(),
+    "reference": {"adapter", "dropout", "segments"},
     "merged": {"adapter", "dropout", "quantized"},
     "weights": {"quantized", "triton.dequantize"},
     "plans": set(),
@@ -80,8 +81,23 @@ KERNELS = {
         "quantized",
         "reference",
     },
+    "grouped": {"adapter", "autograd", "dispatch", "merged", "quantized", "segments"},
+    "grouped_api": {
+        "adapter",
+        "api",
+        "checks",
+        "choice",
+        "dropout",
+        "grouped",
+        "kinds",
+        "quantized",
+        "reference",
+        "segments",
+    },
     "sharing": {"adapter", "choice", "dispatch", "dropout", "fused", "plans"},
-    "layer": {"adapter", "api", "checks", "quantized", "sharing"},
+    "base": {"checks", "quantized"},
+    "layer": {"adapter", "api", "base", "checks", "quantized", "sharing"},
+    "grouped_layer": {"adapter", "base", "grouped_api", "layer", "segments"},
 }
 # Of Hopper's own kernels, beside the shared parts that their plans and packing use.
 HOPPER = {
@@ -100,7 +116,21 @@ HOPPER = {
     "": {"planning"},
 }
 # Users call the front; the back computes, and knows nothing of the front.
-FRONT = {"", "layer", "api", "checks", "choice", "kinds", "autograd", "operators", "sharing"}
+FRONT = {
+    "",
+    "api",
+    "autograd",
+    "base",
+    "checks",
+    "choice",
+    "grouped",
+    "grouped_api",
+    "grouped_layer",
+    "kinds",
+    "layer",
+    "operators",
+    "sharing",
+}
 
 
 def test_every_room_has_its_floor_and_a_door_that_says_what_it_is_for() -> None:

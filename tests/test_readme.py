@@ -78,11 +78,13 @@ def test_the_layers_page_runs() -> None:
     tensors = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
     model, _ = load_base(ModelConfig())
     fedalt.inject(model)
-    first, function, quantized = blocks(ROOT / "docs" / "layer.md")
+    first, function, grouped, quantized = blocks(ROOT / "docs" / "layer.md")
     exec(first, {"model": model, "tokens": torch.arange(5, 15).view(1, -1)})
     exec(function, tensors)
     assert tensors["y"].shape == (70, 24)
     names: dict[str, Any] = {}
+    exec(grouped, names)
+    assert names["y"].shape == (4, 16, 64)
     exec(quantized, names)
     assert names["y"].shape == (4, 32, 1024)
     assert names["w"].shape == (1024, 1024)
@@ -95,6 +97,7 @@ def test_the_page_of_runs_runs(tmp_path, monkeypatch) -> None:
     names = run(ROOT / "docs" / "runs.md")
     assert names["answer"].shape[1] > names["prompt"].input_ids.shape[1]
     assert any(isinstance(module, MixedLoRALinear) for module in names["model"].modules())
+    assert len(names["answers"]) == 2
 
 
 def test_methods_that_are_added_as_told_combine() -> None:

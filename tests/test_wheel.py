@@ -150,9 +150,11 @@ def test_every_error_names_a_missing_package_by_the_extra_that_has_it():
         ("bitsandbytes", "quantized"),
         ("datasets", "data"),
         ("dp-accounting", "privacy"),
+        ("fastapi", "serve"),
         ("flwr", "flower"),
         ("scikit-learn", "data"),
         ("tensorboard", "tensorboard"),
+        ("uvicorn", "serve"),
     ]
     assert all(package in extras()[extra] for package, extra in calls)
     assert {name for name, _ in lines} == {"errors.py", "choice.py"}

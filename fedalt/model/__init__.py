@@ -10,6 +10,7 @@ from fedalt.model.base import (
 )
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
+from fedalt.model.grouped import ClientRows, stack_clients
 from fedalt.model.logits import mark_chunkable
 from fedalt.model.states import (
     HEAD,
@@ -23,6 +24,7 @@ from fedalt.model.states import (
     as_rest_of_world,
     base_fingerprint,
     client_tensors,
+    fixed_gates,
     frame_fingerprint,
     fresh_state,
     individual_state,
@@ -46,6 +48,7 @@ __all__ = [
     "MIXER",
     "REST_OF_WORLD",
     "BaseWeights",
+    "ClientRows",
     "GateMeter",
     "State",
     "adapter_alone",
@@ -57,6 +60,7 @@ __all__ = [
     "client_tensors",
     "fit_head",
     "fit_tokenizer",
+    "fixed_gates",
     "frame_fingerprint",
     "fresh_state",
     "in_short",
@@ -76,6 +80,7 @@ __all__ = [
     "renamed",
     "select",
     "set_trainable",
+    "stack_clients",
     "sum_dtype",
     "usable_device",
     "without_gradient",

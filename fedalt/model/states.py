@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -230,14 +230,21 @@ def _copy_in(model: nn.Module, state: Mapping[str, Tensor], wanted: Callable[[st
 
 
 @contextmanager
-def adapter_alone(model: nn.Module, part: str) -> Iterator[None]:
-    """While it lasts, one of two adapters has weight 1 in every layer and the other none."""
-    layers = [layer for _, layer in mixed_layers(model) if layer.rest_of_world is not None]
-    before = [(layer.mixer, layer.fixed) for layer in layers]
-    for layer in layers:
-        layer.mixer, layer.fixed = None, (1.0, 0.0) if part == INDIVIDUAL else (0.0, 1.0)
+def fixed_gates(model: nn.Module, gates: Mapping[str, tuple[float, float]]) -> Iterator[None]:
+    """While it lasts, the two adapters of each named layer have these weights for every token."""
+    layers = {name: layer for name, layer in mixed_layers(model) if name in gates}
+    before = {name: (layer.mixer, layer.fixed) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.mixer, layer.fixed = None, gates[name]
     try:
         yield
     finally:
-        for layer, (mixer, fixed) in zip(layers, before, strict=True):
-            layer.mixer, layer.fixed = mixer, fixed
+        for name, layer in layers.items():
+            layer.mixer, layer.fixed = before[name]
+
+
+def adapter_alone(model: nn.Module, part: str) -> AbstractContextManager[None]:
+    """While it lasts, one of two adapters has weight 1 in every layer and the other none."""
+    alone = (1.0, 0.0) if part == INDIVIDUAL else (0.0, 1.0)
+    both = (name for name, layer in mixed_layers(model) if layer.rest_of_world is not None)
+    return fixed_gates(model, dict.fromkeys(both, alone))

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedalt.config import PartitionConfig
-from fedalt.data import load_clients
+from fedalt.config import Config, DataConfig, PartitionConfig
+from fedalt.data import Client, load_clients
 from fedalt.errors import InputError
 from fedalt.model import load_adapter_state, set_trainable
 from fedalt.report import digits_of, number, table
@@ -45,6 +45,21 @@ def client_state(run_dir: Path, saved: Checkpoint, client_id: str) -> Mapping[st
     raise InputError(f"{run_dir}: no client {client_id!r}; known: {known}")
 
 
+def records(config: Config, data: str = "") -> tuple[DataConfig, list[Client]]:
+    """The records of a run's clients, or those in another folder, and where they are.
+
+    Raises:
+        InputError: none are there, or they cannot be read.
+    """
+    where, partition = config.data, config.partition
+    if data:
+        where, partition = (
+            replace(where, path=data, clients=(), sources={}, columns={}),
+            PartitionConfig(),
+        )
+    return where, load_clients(where, partition, config.seed)
+
+
 def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> str:
     """The table of a run's clients, scored afresh with the newest checkpoint.
 
@@ -57,13 +72,7 @@ def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> st
         InputError: no such run, checkpoint, client or data.
     """
     config, saved = load_run(run_dir)
-    where, partition = config.data, config.partition
-    if data:
-        where, partition = (
-            replace(where, path=data, clients=(), sources={}, columns={}),
-            PartitionConfig(),
-        )
-    clients = load_clients(where, partition, config.seed)
+    where, clients = records(config, data)
     there = [*saved.record["clients"], *joined_clients(Path(run_dir))]
     if client_id:
         clients = [client for client in clients if client.id == client_id]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
-from fedalt.config import ModelConfig
+from fedalt.config import Config, ModelConfig
 from fedalt.errors import InputError
 from fedalt.model import (
     INDIVIDUAL,
@@ -24,6 +24,7 @@ from fedalt.model import (
     load_adapter_state,
     load_base,
     load_image_base,
+    mixed_layers,
     select,
 )
 from fedalt.serving.clients import load_client
@@ -54,30 +55,17 @@ def export_client(run_dir: str | Path, client_id: str, to: str | Path) -> Path:
     """
     free_folder(to)
     model, _ = load_client(run_dir, client_id)
-    config, saved = load_run(run_dir)
-    fingerprint = base_fingerprint(model)
-    if fingerprint != saved.record["fingerprints"]["base"]:
-        raise InputError(
-            f"{run_dir}: {client_id}'s base weights are not those of {config.model.path}, so no "
-            "adapter holds it; use fedalt.load_client"
-        )
+    config, _ = load_run(run_dir)
+    fingerprint = unchanged_base(run_dir, client_id, model)
     state = adapter_state(model)
     layers = [name.rsplit(".", 2)[0] for name in select(state, INDIVIDUAL) if name.endswith(".a")]
     layer: Any = model.get_submodule(layers[0])
     classes = _classes(model) if config.data.kind == "image" else []
-    base = _absolute(str(getattr(model, "name_or_path", "")) or config.model.path)
+    base = base_of(model, config)
     files = {}
     for part in (INDIVIDUAL, REST_OF_WORLD):
         if select(state, part):
-            adapter = as_peft_files(
-                state,
-                part,
-                base=base,
-                scaling=layer.scaling,
-                dropout=layer.dropout,
-                fan_in_fan_out=layer.transposed,
-                task_type=None if classes else "CAUSAL_LM",
-            )
+            adapter = adapter_files(model, config, state, part)
             files.update({f"{part}/{name}": content for name, content in adapter.items()})
     readme = _readme(client_id, base, config.model.dtype, classes)
     if select(state, REST_OF_WORLD):
@@ -144,6 +132,39 @@ def load_export(folder: str | Path, base: str = "", device: str = "cpu") -> tupl
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
     return model, tool
+
+
+def unchanged_base(run_dir: str | Path, client_id: str, model: nn.Module) -> str:
+    """The fingerprint of a run's base; ``InputError`` where a client's model has another."""
+    config, saved = load_run(run_dir)
+    fingerprint = base_fingerprint(model)
+    if fingerprint != saved.record["fingerprints"]["base"]:
+        raise InputError(
+            f"{run_dir}: {client_id}'s base weights are not those of {config.model.path}, so no "
+            "adapter holds it; use fedalt.load_client"
+        )
+    return fingerprint
+
+
+def base_of(model: nn.Module, config: Config) -> str:
+    """What the base of a run's model is loaded from."""
+    return _absolute(str(getattr(model, "name_or_path", "")) or config.model.path)
+
+
+def adapter_files(
+    model: nn.Module, config: Config, state: Mapping[str, Tensor], part: str
+) -> dict[str, bytes]:
+    """A part of a client as a PEFT adapter, files by name, for the base of a run's model."""
+    _, layer = next(mixed_layers(model))
+    return as_peft_files(
+        state,
+        part,
+        base=base_of(model, config),
+        scaling=layer.scaling,
+        dropout=layer.dropout,
+        fan_in_fan_out=layer.transposed,
+        task_type=None if config.data.kind == "image" else "CAUSAL_LM",
+    )
 
 
 def _gates(layer: Any) -> dict[str, Any]:

@@ -35,10 +35,13 @@ def test_public_names() -> None:
     assert fedalt_kernels.__all__ == [
         "Adapter",
         "Fp8Linear",
+        "GroupedMixedLoRALinear",
         "MixedLoRALinear",
         "QuantizedWeight",
+        "Segments",
         "__version__",
         "mixed_lora_linear",
+        "mixed_lora_linear_grouped",
         "unused_layers",
     ]
     assert fedalt_kernels.__version__ == "0.1.0"
