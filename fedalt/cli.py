@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import shlex
 import sys
@@ -16,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
 from fedalt.config import Config, list_settings, load_config
-from fedalt.errors import InputError, InputWarning, RunFailed
+from fedalt.errors import InputError, InputWarning, RunFailed, whole_streams
 from fedalt.flower import bring_up, init_app
 from fedalt.memory import foretell
 from fedalt.report import write_report, write_tensorboard
@@ -34,7 +33,7 @@ from fedalt_kernels import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     try:
-        with _streams():
+        with whole_streams():
             return _answer(arguments)
     except BrokenPipeError:  # quietly, with the status of a command that SIGPIPE ended
         return 141
@@ -86,33 +85,6 @@ def _refuse(error: OSError) -> int:
     where = f"{error.filename}: " if error.filename else ""
     print(f"fedalt: {where}{error.strerror or error}", file=sys.stderr)
     return 2
-
-
-@contextmanager
-def _streams() -> Iterator[None]:
-    """Output that may be closed, read by nobody, or in an encoding that lacks a letter."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the shell's >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the process ends
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # stderr escapes such letters by itself
-    try:
-        yield
-    finally:
-        failed = [error for stream in (sys.stdout, sys.stderr) if (error := _flush(stream))]
-        if failed:
-            raise failed[0]
-
-
-def _flush(stream: TextIO) -> OSError | None:
-    """The error, if any; what could not be written is dropped, or Python would try at exit."""
-    try:
-        stream.flush()
-    except OSError as error:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return error
-    return None
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -336,18 +308,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_flower(commands: Any) -> None:
-    what = "clients on machines of their own, on Flower (an extra, flower)"
-    flower = commands.add_parser(
-        "flower",
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_examples(
-            "fedalt flower up /tmp/try --data DIR  # see it all on this machine",
-            "fedalt flower init app                # for machines of their own: docs/sites.md",
-        ),
+    flower = _command(
+        commands,
+        lambda options: flower.print_help(),
+        "clients on machines of their own, on Flower (an extra, flower)",
+        "fedalt flower up /tmp/try --data DIR  # see it all on this machine",
+        "fedalt flower init app                # for machines of their own: docs/sites.md",
     )
-    flower.set_defaults(command=lambda options: flower.print_help())
     inner = flower.add_subparsers(metavar="COMMAND")
     init = _command(
         inner,

@@ -1,4 +1,11 @@
-"""What the command line tells in one line: bad input, and runs that could not go on."""
+"""What the command line tells in one line: bad input, and runs that could not go on; and where its
+output cannot be written."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 
 class InputError(ValueError):
@@ -52,3 +59,30 @@ def require_encodable(text: str, what: str) -> None:
             f"{what} holds {text[error.start]!r} at character {error.start + 1}, half of a "
             "surrogate pair, which no encoding takes; remove it"
         ) from None
+
+
+@contextmanager
+def whole_streams() -> Iterator[None]:
+    """Output that may be closed, read by nobody, or in an encoding that lacks a letter."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell's >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the process ends
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # stderr escapes such letters by itself
+    try:
+        yield
+    finally:
+        failed = [error for stream in (sys.stdout, sys.stderr) if (error := _flush(stream))]
+        if failed:
+            raise failed[0]
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """The error, if any; what could not be written is dropped, or Python would try at exit."""
+    try:
+        stream.flush()
+    except OSError as error:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
