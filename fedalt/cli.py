@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
         _serve,
         "answer for a run's clients over HTTP, by OpenAI's protocol",
         "fedalt serve runs/mine --port 8000",
-        "curl 127.0.0.1:8000/v1/models",
+        "fedalt serve runs/mine --host 0.0.0.0    # for other machines as well",
     )
     server.add_argument("run", metavar="RUN", help="a run directory")
     server.add_argument(
