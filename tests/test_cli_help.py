@@ -33,7 +33,7 @@ def subcommands():
 
 
 def test_every_help_ends_in_examples_that_parse():
-    assert len(subcommands()) == 9
+    assert len(subcommands()) == 10
     for parser in (_parser(), *subcommands().values()):
         lines = parser.format_help().partition("\nexamples:\n")[2].splitlines()
         ours = [shlex.split(line, comments=True) for line in lines if "  fedalt " in line]
