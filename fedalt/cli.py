@@ -144,6 +144,10 @@ def _report(options: argparse.Namespace) -> None:
         print(f"TensorBoard events: {write_tensorboard(out)}")
 
 
+def _flower(options: argparse.Namespace) -> None:
+    options.help()
+
+
 def _init(options: argparse.Namespace) -> None:
     print(init_app(options.folder))
 
@@ -310,11 +314,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_flower(commands: Any) -> None:
     flower = _command(
         commands,
-        lambda options: flower.print_help(),
+        _flower,
         "clients on machines of their own, on Flower (an extra, flower)",
         "fedalt flower up /tmp/try --data DIR  # see it all on this machine",
         "fedalt flower init app                # for machines of their own: docs/sites.md",
     )
+    flower.set_defaults(help=flower.print_help)
     inner = flower.add_subparsers(metavar="COMMAND")
     init = _command(
         inner,
