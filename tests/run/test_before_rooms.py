@@ -42,18 +42,28 @@ def test_its_clients_are_loaded_scored_and_exported(old):
     assert export_client(old, "bob", "out").is_dir()
 
 
+def losses(events: str) -> list[float]:
+    """Of every client's training in the last round: they tell of the states that it began with."""
+    told = [json.loads(line) for line in events.splitlines()]
+    return [e["loss"] for e in told if e["event"] == "train" and e["round"] == 2]
+
+
 def test_its_last_round_is_made_again(old):
     whole, events = load_latest(old), (old / "metrics.jsonl").read_text("utf-8")
     made = used(whole)
     shutil.rmtree(whole.path)
     config = replace(fedalt.load_config(old / "config.yaml"), out=str(old))
     fedalt.Federation(config).run(resume=True)
+    # One step of AdamW moves an element by its gradient's sign, which is rounding's choice, hence
+    # the processor's, where the gradient is nothing but rounding.
+    step = 2 * config.train.learning_rate * (1 + 1e-3)
     for client, state in used(load_latest(old)).items():
-        for name, tensor in state.items():  # another processor may round otherwise
-            torch.testing.assert_close(tensor, made[client][name], rtol=1e-4, atol=1e-5)
+        for name, tensor in state.items():
+            assert (tensor - made[client][name]).abs().max() <= step, name
     again = (old / "metrics.jsonl").read_text("utf-8")
     told = [line.split(",")[:3] for line in again.splitlines() if '"answers"' not in line]
     assert told == [line.split(",")[:3] for line in events.splitlines()]
+    assert losses(again) == pytest.approx(losses(events), rel=1e-4)
 
 
 def test_its_report_is_told_again(old):
