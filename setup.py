@@ -81,10 +81,17 @@ setup(
     extras_require={
         "data": ["datasets>=4.0,<6", "scikit-learn>=1.4"],
         "quantized": ["bitsandbytes>=0.50", "accelerate>=1.1"],
+        "gguf": ["gguf>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],
         "triton": ["triton>=3.6; sys_platform == 'linux'"],
         "bench": ["matplotlib>=3.8", "peft>=0.18", "pytest-benchmark>=5.1"],
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "peft>=0.18", "bitsandbytes>=0.50"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "peft>=0.18",
+            "bitsandbytes>=0.50",
+            "gguf>=0.17",
+        ],
         "lint": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["fedalt = fedalt.cli:main"]},

@@ -34,7 +34,8 @@ class ModelConfig:
     """The frozen base model that all clients share."""
 
     path: str = BUILTIN_BASE
-    """A Hugging Face model id or folder; ``builtin`` and ``builtin-vit`` are in the package."""
+    """A Hugging Face model id or folder, or a ``.gguf`` file, which is read into ``dtype``;
+    ``builtin`` and ``builtin-vit`` are in the package."""
     dtype: str = "float32"
     """Of the base: ``float32``, ``bfloat16`` or ``float16``. What is trained is float32."""
     device: str = "cpu"

@@ -10,6 +10,7 @@ from fedalt.model.base import (
 )
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
+from fedalt.model.gguf import gguf_options
 from fedalt.model.logits import mark_chunkable
 from fedalt.model.states import (
     HEAD,
@@ -57,6 +58,7 @@ __all__ = [
     "fit_head",
     "fit_tokenizer",
     "fresh_state",
+    "gguf_options",
     "in_short",
     "individual_state",
     "inject",
