@@ -149,6 +149,7 @@ def test_every_error_names_a_missing_package_by_the_extra_that_has_it():
     assert sorted(calls) == [
         ("bitsandbytes", "quantized"),
         ("datasets", "data"),
+        ("gguf", "gguf"),
         ("scikit-learn", "data"),
         ("tensorboard", "tensorboard"),
     ]

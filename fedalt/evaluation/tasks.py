@@ -21,8 +21,8 @@ class Task(Protocol):
 
     tool: Any
 
-    def encode(self, records: Sequence[Any]) -> list[Any]:
-        """Records as examples."""
+    def encode(self, records: Sequence[Any], tested: bool = False) -> list[Any]:
+        """Records as examples, to train on or to test with."""
         ...
 
     def count_cut(self, examples: Sequence[Any]) -> int:
@@ -58,8 +58,8 @@ class TextTask:
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self.tool, self._config = tokenizer, config
 
-    def encode(self, records: Sequence[Any]) -> list[Any]:
-        return encode(records, self.tool, self._config.data)
+    def encode(self, records: Sequence[Any], tested: bool = False) -> list[Any]:
+        return encode(records, self.tool, self._config.data, tested)
 
     def count_cut(self, examples: Sequence[Example]) -> int:
         return sum(example.cut for example in examples)
@@ -70,7 +70,7 @@ class TextTask:
         return answer_loss(model, collated, chunk=self._config.train.loss_chunk)
 
     def count(self, batch: Sequence[Example]) -> int:
-        return sum(len(example.answer) for example in batch)
+        return sum(example.terms for example in batch)
 
     def evaluate(
         self,
@@ -90,7 +90,7 @@ class ImageTask:
     def __init__(self, config: Config, processor: Any, classes: dict[str, int]) -> None:
         self.tool, self._config, self._classes = processor, config, classes
 
-    def encode(self, records: Sequence[Any]) -> list[Any]:
+    def encode(self, records: Sequence[Any], tested: bool = False) -> list[Any]:
         for record in records:
             if record.label not in self._classes:
                 known = ", ".join(self._classes)

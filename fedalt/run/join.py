@@ -142,7 +142,7 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
             f"{run_dir}: {config.method} changes the base until round {config.rounds}; join then"
         )
     folder = Path(os.path.abspath(data))
-    alone = (folder / "train.jsonl").exists() or (folder / "train").is_dir()
+    alone = any((folder / name).exists() for name in ("train.jsonl", "train.jsonl.gz", "train"))
     where = replace(
         config.data,
         path=str(folder.parent if alone else folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from fedalt.config import Config
-from fedalt.data import Client, broken_images, load_clients
-from fedalt.errors import InputError
+from fedalt.config import CHAT, Config
+from fedalt.data import Chat, Client, broken_images, load_clients
+from fedalt.errors import InputError, InputWarning
 from fedalt.evaluation import ImageTask, Task, TextTask
 from fedalt.methods import Method, get_method
 from fedalt.model import (
@@ -92,11 +93,13 @@ class Stage:
         """
         self.config, self.method = config, get_method(config.method)
         labels, members, broken = set(classes), [], []
+        self._chats = config.data.prompt == CHAT
         for client in clients:
             parts = client.read()
             members.append(Member(client, len(parts.train), parts.fingerprint()))
+            records = [*parts.train, *parts.test]
+            self._chats |= any(isinstance(record, Chat) for record in records)
             if config.data.kind == "image":
-                records = [*parts.train, *parts.test]
                 broken += broken_images(records)
                 labels |= set() if classes else {record.label for record in records}
         if broken:
@@ -135,7 +138,8 @@ class Stage:
         """A client's encoded records, from the shelf or read anew."""
         if member.id not in self._shelf:
             parts = member.client.read()
-            train, test = self.task.encode(parts.train), self.task.encode(parts.test)
+            train = self.task.encode(parts.train)
+            test = self.task.encode(parts.test, tested=True)
             self._shelf[member.id] = Examples(train, test, parts.test)
             both = [*train, *test]
             self.cuts.note(member.id, self.task.count_cut(both), len(both))
@@ -215,6 +219,16 @@ class Stage:
         check_optimizer(self.config.train)
         if self.config.train.gradient_checkpointing:
             check_recomputes(self.model)
+        if self._chats:  # which the base's template may refuse
+            for member in [*self.known, *self.unseen]:
+                self.examples(member)
+        elif getattr(self.task.tool, "chat_template", None):
+            warnings.warn(
+                f"data.prompt: {self.config.model.path} has a chat template and is trained without "
+                f"it; -c data.prompt={CHAT} trains in it",
+                InputWarning,
+                stacklevel=2,
+            )
 
 
 def check_base(config: Config) -> None:
