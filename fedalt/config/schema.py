@@ -113,6 +113,9 @@ class TrainConfig:
     """Examples of a batch that are run at once; null: all. Whenever memory does not suffice it is
     halved, the step is run again, and the run goes on with what fits. A step's gradient stays the
     whole batch's, but for its rounding and, under dropout, its masks."""
+    packing: bool = False
+    """Short records of a batch share rows, each blind to the others: less padding, the same loss
+    and gradient but for rounding and, under dropout, its masks."""
     gradient_checkpointing: bool = False
     """Of every block only the input is kept; the rest is computed again in the backward."""
     offload_activations: bool = False
@@ -243,6 +246,8 @@ class Config:
         other = {"text": BUILTIN_VIT, "image": BUILTIN_BASE}[self.data.kind]
         fits = self.model.path != other
         require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)
+        text = self.data.kind == "text"
+        require(text or not self.train.packing, "train.packing", "false of images", True)
         threads_ok = self.threads is None or self.threads >= 1
         require(threads_ok, "threads", "at least 1, or null", self.threads)
         on_gpu = not self.model.device.startswith("cpu")

@@ -3,6 +3,7 @@
 from fedalt.data.chats import Chat
 from fedalt.data.clients import load_clients
 from fedalt.data.images import ImageExample, ImageRecord, broken_images, pixels
+from fedalt.data.packing import pack
 from fedalt.data.records import Client, Parts, Record
 from fedalt.data.sources import is_on_hub
 from fedalt.data.tokens import IGNORED, Batch, Example, collate, encode
@@ -24,5 +25,6 @@ __all__ = [
     "is_on_hub",
     "is_special",
     "load_clients",
+    "pack",
     "pixels",
 ]

@@ -47,25 +47,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded rows, so that every answer ends in the last column.
+    """Left-padded rows, so that every answer ends in the last column; or packed ones.
 
     Attributes:
-        input_ids, attention_mask, position_ids: int64 [B, L].
+        input_ids, attention_mask, position_ids: int64 [B, L]; without a mask, rows are packed.
         labels: int64 [B, T], the labels of the last T positions; T - 1 is the longest answer.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     position_ids: Tensor
     labels: Tensor
 
     def inputs(self) -> dict[str, Tensor]:
         """What the model's forward takes."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        mask = self.attention_mask
+        return inputs if mask is None else {**inputs, "attention_mask": mask}
 
 
 def render_prompt(record: Record, config: DataConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from fedalt.config import Config
-from fedalt.data import Example, ImageExample, collate, encode, pixels
+from fedalt.data import Example, ImageExample, collate, encode, pack, pixels
 from fedalt.errors import InputError
 from fedalt.evaluation.answers import Answers
 from fedalt.evaluation.evaluate import evaluate_images, evaluate_text
@@ -66,8 +66,9 @@ class TextTask:
 
     def loss(self, model: nn.Module, batch: Sequence[Example]) -> Tensor:
         device = next(model.parameters()).device
-        collated = collate(batch, self.tool.pad_token_id, device)
-        return answer_loss(model, collated, chunk=self._config.train.loss_chunk)
+        settings = self._config.train
+        rows = (pack if settings.packing else collate)(batch, self.tool.pad_token_id, device)
+        return answer_loss(model, rows, chunk=settings.loss_chunk)
 
     def count(self, batch: Sequence[Example]) -> int:
         return sum(example.terms for example in batch)

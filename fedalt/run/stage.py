@@ -36,7 +36,7 @@ from fedalt.model import (
 from fedalt.run.cohort import check_cohort, derive_seed, held_out
 from fedalt.run.cuts import Cuts
 from fedalt.store import SERVER, Checkpoint, StateFolder, StoredState, read_peft_adapter
-from fedalt.training import check_optimizer, check_recomputes
+from fedalt.training import check_optimizer, check_packing, check_recomputes
 
 BASE, NEWCOMER = "base", "newcomer"
 """The server's own states: what is added to the base weights, and what a newcomer installs."""
@@ -219,6 +219,8 @@ class Stage:
         check_optimizer(self.config.train)
         if self.config.train.gradient_checkpointing:
             check_recomputes(self.model)
+        if self.config.train.packing:
+            check_packing(self.model)
         if self._chats:  # which the base's template may refuse
             for member in [*self.known, *self.unseen]:
                 self.examples(member)

@@ -5,12 +5,14 @@ from fedalt.training.client import count_steps, train_client
 from fedalt.training.loss import answer_loss, class_loss, token_losses
 from fedalt.training.micro import out_of_memory
 from fedalt.training.optimizers import check_optimizer
+from fedalt.training.packing import check_packing
 from fedalt.training.unused import UnusedLayers
 
 __all__ = [
     "UnusedLayers",
     "answer_loss",
     "check_optimizer",
+    "check_packing",
     "check_recomputes",
     "class_loss",
     "count_steps",

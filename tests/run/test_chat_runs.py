@@ -128,7 +128,9 @@ def test_plain_and_instruction_are_names_of_templates():
     assert usual == config_from_dict({}).data
     with pytest.raises(fedalt.InputError, match=r"prompt_with_input must be left out beside"):
         config_from_dict({"data": {"prompt": "plain", "prompt_with_input": "{instruction}{input}"}})
-    with pytest.raises(fedalt.InputError, match=r"data\.prompt must be a name \(chat, instruction, plain\)"):
+    with pytest.raises(
+        fedalt.InputError, match=r"data\.prompt must be a name \(chat, instruction, plain\)"
+    ):
         config_from_dict({"data": {"prompt": "chatty"}})
 
 
