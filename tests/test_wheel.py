@@ -152,6 +152,7 @@ def test_every_error_names_a_missing_package_by_the_extra_that_has_it():
         ("dp-accounting", "privacy"),
         ("fastapi", "serve"),
         ("flwr", "flower"),
+        ("gguf", "gguf"),
         ("scikit-learn", "data"),
         ("tensorboard", "tensorboard"),
         ("uvicorn", "serve"),

@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses of settings, from YAML or in code."""
 
-from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
+from fedalt.config.data import CHAT, DIGITS, SAMPLE, DataConfig, PartitionConfig
 from fedalt.config.listing import list_settings
 from fedalt.config.owners import federation_part, load_site, site_config, site_part
 from fedalt.config.schema import (
@@ -17,6 +17,7 @@ from fedalt.config.settings import load_config
 __all__ = [
     "BUILTIN_BASE",
     "BUILTIN_VIT",
+    "CHAT",
     "DIGITS",
     "SAMPLE",
     "Config",

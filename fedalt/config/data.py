@@ -8,6 +8,15 @@ from pathlib import Path
 from fedalt.errors import require, require_encodable, require_one_of
 
 SAMPLE, DIGITS = "sample", "digits"
+CHAT = "chat"
+PROMPTS = {
+    "instruction": (
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+    ),
+    "plain": ("{instruction}\n", "{instruction}\n\n{input}\n"),
+}
+"""By name, the prompt of a record without an input, and of one with it."""
 
 
 @dataclass(frozen=True)
@@ -15,11 +24,12 @@ class DataConfig:
     """Where the clients' records are and how one becomes tokens."""
 
     path: str = SAMPLE
-    """Folders, one a client: ``train.jsonl`` and ``test.jsonl``, or images in ``train/CLASS`` and
-    ``test/CLASS``. Of images also one a domain: ``DOMAIN/CLASS``. Or a `datasets` dataset that
-    ``partition`` cuts into clients: files (jsonl, json, csv, parquet, arrow; ``*`` is understood),
-    a folder of such or from ``save_to_disk``, or a hub id, ``owner/name`` or
-    ``owner/name:config``. Or ``sample`` or ``digits``, the federations in the package."""
+    """Folders, one a client: ``train.jsonl`` and ``test.jsonl`` (or ``.jsonl.gz``), or images in
+    ``train/CLASS`` and ``test/CLASS``. Of images also one a domain: ``DOMAIN/CLASS``. Or a
+    `datasets` dataset that ``partition`` cuts into clients: files (jsonl, json, csv, parquet,
+    arrow; ``.gz`` and ``*`` are understood), a folder of such or from ``save_to_disk``, or a hub
+    id, ``owner/name`` or ``owner/name:config``. Or ``sample`` or ``digits``, the federations in the
+    package."""
     kind: str = "text"
     """``text``: instructions and answers. ``image``: images and class names."""
     sources: dict[str, str] = field(default_factory=dict)
@@ -29,8 +39,8 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """By field of a row, its column where that has another name, such as
     ``-c 'data.columns={output: answer}'``. Fields of texts: ``instruction``, ``output``, ``input``,
-    ``category``, ``options``; of images: ``image`` (also found as ``img``), ``label``
-    (``fine_label``), ``category``; of a suite: its own columns."""
+    ``category``, ``options``, or ``messages``; of images: ``image`` (also found as ``img``),
+    ``label`` (``fine_label``), ``category``; of a suite: its own columns."""
     format: str = "auto"
     """How rows of a `datasets` dataset become texts: ``records`` have the fields above;
     ``hellaswag``, ``boolq``, ``piqa``, ``siqa``, ``winogrande``, ``arc``, ``openbookqa`` are as on
@@ -40,12 +50,12 @@ class DataConfig:
     clients: tuple[str, ...] = ()
     """Only these clients, in this order; empty: all, in the order of their names (``sample`` and
     ``digits``: in their own)."""
-    prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
-    """What a model reads before a record's answer."""
-    prompt_with_input: str = (
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    )
-    """The same for a record that has an ``input``."""
+    prompt: str = PROMPTS["instruction"][0]
+    """What a model reads before a record's answer: a text with ``{instruction}``; ``instruction``,
+    the default's name; ``plain``, the bare words; or ``chat``, the base's own chat template, in
+    which records with ``messages`` always are."""
+    prompt_with_input: str = PROMPTS["instruction"][1]
+    """The same for a record that has an ``input``; a name of ``prompt`` sets both."""
     max_length: int = 512
     """Tokens of prompt and answer together; of a longer record the answer keeps its first half of
     them, the prompt its end."""
@@ -65,9 +75,17 @@ class DataConfig:
         once = 0 < len(self.splits) == len(set(self.splits))
         require(once, "data.splits", "a list of different names", list(self.splits))
         require(self.max_length >= 8, "data.max_length", "at least 8", self.max_length)
-        require(
-            "{instruction}" in self.prompt, "data.prompt", "a text with {instruction}", self.prompt
-        )
+        if self.prompt in PROMPTS:
+            usual = self.prompt_with_input == PROMPTS["instruction"][1]
+            wanted = f"left out beside data.prompt={self.prompt}"
+            require(usual, "data.prompt_with_input", wanted, self.prompt_with_input)
+            for name, text in zip(
+                ("prompt", "prompt_with_input"), PROMPTS[self.prompt], strict=True
+            ):
+                object.__setattr__(self, name, text)
+        known = self.prompt == CHAT or "{instruction}" in self.prompt
+        wanted = f"a name ({CHAT}, {', '.join(PROMPTS)}) or a text with {{instruction}}"
+        require(known, "data.prompt", wanted, self.prompt)
         require(
             "{instruction}" in self.prompt_with_input and "{input}" in self.prompt_with_input,
             "data.prompt_with_input",

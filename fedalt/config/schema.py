@@ -36,7 +36,8 @@ class ModelConfig:
     """The frozen base model that all clients share."""
 
     path: str = BUILTIN_BASE
-    """A Hugging Face model id or folder; ``builtin`` and ``builtin-vit`` are in the package."""
+    """A Hugging Face model id or folder, or a ``.gguf`` file, which is read into ``dtype``;
+    ``builtin`` and ``builtin-vit`` are in the package."""
     dtype: str = "float32"
     """Of the base: ``float32``, ``bfloat16`` or ``float16``. What is trained is float32."""
     device: str = "cpu"
@@ -114,6 +115,9 @@ class TrainConfig:
     """Examples of a batch that are run at once; null: all. Whenever memory does not suffice it is
     halved, the step is run again, and the run goes on with what fits. A step's gradient stays the
     whole batch's, but for its rounding and, under dropout, its masks."""
+    packing: bool = False
+    """Short records of a batch share rows, each blind to the others: less padding, the same loss
+    and gradient but for rounding and, under dropout, its masks."""
     gradient_checkpointing: bool = False
     """Of every block only the input is kept; the rest is computed again in the backward."""
     offload_activations: bool = False
@@ -251,9 +255,13 @@ class Config:
         other = {"text": BUILTIN_VIT, "image": BUILTIN_BASE}[self.data.kind]
         fits = self.model.path != other
         require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)
+        text = self.data.kind == "text"
+        require(text or not self.train.packing, "train.packing", "false of images", True)
         threads_ok = self.threads is None or self.threads >= 1
         require(threads_ok, "threads", "at least 1, or null", self.threads)
         held = self.federation.holdout
+        apart = "false with privacy.record_clip, whose norms are those of single records"
+        require(not (self.train.packing and self.privacy.on), "train.packing", apart, True)
         wanted = "0 with privacy.record_clip, since who joins later fits itself in without noise"
         require(not (held and self.privacy.on), "federation.holdout", wanted, held)
         on_gpu = not self.model.device.startswith("cpu")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedalt.config import DIGITS, SAMPLE, DataConfig, PartitionConfig
 from fedalt.data import folders, table
+from fedalt.data.chats import Chat
 from fedalt.data.digits import digits_clients
 from fedalt.data.records import Client, Parts, Record
 from fedalt.data.sample import sample_clients
@@ -82,7 +83,7 @@ def _built_in(data: DataConfig, seed: int) -> list[Client]:
     ]
 
 
-def _records(rows: Sequence[dict[str, str]], where: str) -> tuple[Record, ...]:
+def _records(rows: Sequence[dict[str, str]], where: str) -> tuple[Record | Chat, ...]:
     return tuple(folders.text_record(row, where) for row in rows)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import unicodedata
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedalt.config import DataConfig, PartitionConfig
+from fedalt.data.chats import Chat, chat_record
 from fedalt.data.images import ImageRecord, domain_clients, read_image_folder, subfolders
 from fedalt.data.records import Client, Parts, Record
 from fedalt.errors import InputError, require_encodable
@@ -20,10 +23,8 @@ DOMAIN = "domain"
 
 
 def holds_text_clients(root: Path) -> bool:
-    """Whether a folder in ``root`` holds a ``train.jsonl`` or ``test.jsonl``."""
-    return any(
-        (folder / f"{part}.jsonl").is_file() for folder in subfolders(root) for part in PARTS
-    )
+    """Whether a folder in ``root`` holds a ``train.jsonl`` or ``test.jsonl``, or one in gzip."""
+    return any(_text_files(folder, part) for folder in subfolders(root) for part in PARTS)
 
 
 def holds_image_clients(root: Path) -> bool:
@@ -87,8 +88,10 @@ def domain_folder_clients(
     return clients
 
 
-def read_jsonl(path: Path) -> tuple[Record, ...]:
+def read_jsonl(path: Path) -> tuple[Record | Chat, ...]:
     """The records of one file, a JSON object a line; blank lines are passed over.
+
+    Of a file whose name ends in ``.gz``, the text is unpacked in memory.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, or a line is no record.
@@ -97,6 +100,11 @@ def read_jsonl(path: Path) -> tuple[Record, ...]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from None
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error):
+            raise InputError(f"{path}: no whole gzip file; write it anew") from None
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{path}:1: this is UTF-16; save the file as UTF-8")
     records = []
@@ -120,12 +128,13 @@ def read_jsonl(path: Path) -> tuple[Record, ...]:
     return tuple(records)
 
 
-def text_record(row: Any, where: str, columns: Mapping[str, str] | None = None) -> Record:
+def text_record(row: Any, where: str, columns: Mapping[str, str] | None = None) -> Record | Chat:
     """The record that a row holds; texts lose their outer white space.
 
     Args:
         row: ``instruction``, ``output`` and, if there, ``input``, ``category`` and ``options``,
-            which are two or more texts with the output among them. Other fields are passed over.
+            which are two or more texts with the output among them. Or, without an ``instruction``,
+            ``messages``, as in ``chat_record``. Other fields are passed over.
         where: what a message calls the row, such as ``FILE:LINE``.
         columns: by field, the column that it came from where that has another name.
 
@@ -138,6 +147,8 @@ def text_record(row: Any, where: str, columns: Mapping[str, str] | None = None) 
     names = {
         field: f"column '{column}'" for field, column in (columns or {}).items() if column != field
     }
+    if row.get("instruction") is None and row.get("messages") is not None:
+        return chat_record(row, where, names.get("messages", "field 'messages'"))
     fields: dict[str, Any] = {}
     for name, needed in (("instruction", True), ("output", True), ("input", False)):
         value = row.get(name)
@@ -183,13 +194,23 @@ def _folder_clients(root: Path, none_found: str, read: Callable[[Path], Parts]) 
 
 
 def _read_text(folder: Path) -> Parts:
-    files = [folder / f"{part}.jsonl" for part in PARTS]
-    for path in files:
-        if not path.is_file():
+    files = []
+    for part in PARTS:
+        path, found = folder / f"{part}.jsonl", _text_files(folder, part)
+        if not found:
             raise InputError(
                 f"{path}: missing; every client folder wants train.jsonl and test.jsonl"
             )
+        if len(found) > 1:
+            raise InputError(f"{path}: there is a {found[1].name} too; keep one of the two")
+        files += found
     return Parts(*map(read_jsonl, files))
+
+
+def _text_files(folder: Path, part: str) -> list[Path]:
+    """The files of a client's part: one, in order."""
+    names = (f"{part}.jsonl", f"{part}.jsonl.gz")
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _read_images(folder: Path) -> Parts:

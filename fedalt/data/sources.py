@@ -22,7 +22,7 @@ BUILDERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-"""By suffix of a file, the name by which `datasets` reads it."""
+"""By suffix of a file, packed by gzip or not, the name by which `datasets` reads it."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SAVED = ("dataset_dict.json", "state.json")
 """What ``save_to_disk`` leaves in its folder."""
@@ -49,7 +49,9 @@ def holds_table(folder: Path) -> bool:
     """Whether a folder is a saved dataset or has data files in it or one folder below."""
     if any((folder / name).is_file() for name in SAVED):
         return True
-    return any(path.suffix in BUILDERS for depth in ("*", "*/*") for path in folder.glob(depth))
+    return any(
+        _suffix(path.name) in BUILDERS for depth in ("*", "*/*") for path in folder.glob(depth)
+    )
 
 
 def is_source(path: str) -> bool:
@@ -139,11 +141,15 @@ def _builder(source: str, files: Sequence[str]) -> str:
     for name in files:
         if Path(name).stat().st_size == 0:
             raise InputError(f"{name}: empty; a dataset needs records")
-    found = {BUILDERS.get(Path(name).suffix.lower(), "") for name in files}
+    found = {BUILDERS.get(_suffix(name.lower()), "") for name in files}
     if "" in found or len(found) > 1:
         known = ", ".join(BUILDERS)
         raise InputError(f"{source}: wants files of one kind of {known}")
     return found.pop()
+
+
+def _suffix(name: str) -> str:
+    return Path(name.removesuffix(".gz")).suffix
 
 
 def _reason(error: BaseException) -> str:

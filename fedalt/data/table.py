@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fedalt.config import DataConfig, PartitionConfig
+from fedalt.data.chats import Chat
 from fedalt.data.folders import text_record
 from fedalt.data.images import ImageRecord
 from fedalt.data.partition import Indices, client_id, cut, split_test
@@ -22,7 +23,7 @@ from fedalt.errors import InputError, require_encodable
 
 RECORDS, IMAGES = "records", "images"
 FIELDS = {
-    RECORDS: ("instruction", "output", "input", "category", "options"),
+    RECORDS: ("instruction", "output", "input", "category", "options", "messages"),
     IMAGES: ("image", "label", "category"),
 }
 NEEDED = {RECORDS: ("instruction", "output"), IMAGES: ("image", "label")}
@@ -48,7 +49,7 @@ class Table:
     columns: Mapping[str, str]
     format: str
 
-    def read(self, indices: Indices) -> list[Record | ImageRecord]:
+    def read(self, indices: Indices) -> list[Record | Chat | ImageRecord]:
         """The records of these rows, in this order.
 
         Raises:
@@ -87,7 +88,7 @@ class Table:
                 raise InputError(f"{self.source}: column '{column}' holds {kind}, not names")
         return [str(value) for value in values]
 
-    def _record(self, row: dict[str, Any], index: int) -> Record | ImageRecord:
+    def _record(self, row: dict[str, Any], index: int) -> Record | Chat | ImageRecord:
         where = f"{self.source}: row {index + 1}"
         if self.format == RECORDS:
             return text_record(row, where, self.columns)
@@ -201,12 +202,15 @@ def _format(data: DataConfig, known: Collection[str]) -> str:
     if data.format != "auto":
         return data.format
     fields = {*known, *data.columns}
-    return RECORDS if fields >= set(NEEDED[RECORDS]) else suite_of(fields) or RECORDS
+    records = fields >= set(NEEDED[RECORDS]) or "messages" in fields
+    return RECORDS if records else suite_of(fields) or RECORDS
 
 
 def _columns(data: DataConfig, form: str, known: Collection[str], source: str) -> dict[str, str]:
     """By field, its column: as ``data.columns`` says, of the same name, or of a common one."""
     needed = NEEDED[form] if form in NEEDED else suite_columns(form)
+    if form == RECORDS and "messages" in {*known, *data.columns}:
+        needed = ()  # each row says what it is
     fields = FIELDS.get(form, needed)
     for field in data.columns:
         if field not in fields:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedalt.config import EvaluateConfig
-from fedalt.data import Example, ImageExample, Record, collate
+from fedalt.data import Chat, Example, ImageExample, Record, collate, is_special
 from fedalt.evaluation.answers import Answers
 from fedalt.evaluation.likelihood import choice_scores
 from fedalt.evaluation.metrics import named_option, text_scores
@@ -23,7 +23,7 @@ def evaluate_text(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
-    records: Sequence[Record],
+    records: Sequence[Record | Chat],
     config: EvaluateConfig,
     meter: GateMeter | None = None,
     kept: Answers | None = None,
@@ -53,7 +53,7 @@ def evaluate_text(
             total += answer_loss(model, collate(chunk, tokenizer.pad_token_id, device), "sum")
         for i, text in zip(rows, generate(model, tokenizer, chunk, config), strict=True):
             answers[i] = text
-    tokens = sum(len(example.answer) for example in examples)
+    tokens = sum(example.terms for example in examples)
     each: list[float] = []
     scores = text_scores(answers, [record.output for record in records], each)
     if kept is not None:
@@ -72,7 +72,11 @@ def evaluate_text(
 def generate(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example], config: EvaluateConfig
 ) -> list[str]:
-    """Greedy or beam-search answers to the prompts, as text, in one left-padded batch."""
+    """Greedy or beam-search answers to the prompts, as text, in one left-padded batch.
+
+    An answer ends with the tokenizer's end token, or with a special one that ends an example's.
+    """
+    ends = {tokenizer.eos_token_id, *(each.answer[-1] for each in examples if each.answer)}
     device = next(model.parameters()).device
     prompts = [Example(prompt=example.prompt, answer=()) for example in examples]
     batch = collate(prompts, tokenizer.pad_token_id, device)
@@ -82,7 +86,7 @@ def generate(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(each for each in ends if is_special(tokenizer, each)),
         pad_token_id=tokenizer.pad_token_id,
     )
     new = tokens[:, batch.input_ids.shape[1] :]

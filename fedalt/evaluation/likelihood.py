@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedalt.data import Example, Record, collate
+from fedalt.data import Chat, Example, Record, collate
 from fedalt.model import sum_dtype
 from fedalt.training import token_losses
 
@@ -18,7 +18,7 @@ def choice_scores(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
-    records: Sequence[Record],
+    records: Sequence[Record | Chat],
     batch_size: int,
 ) -> dict[str, float]:
     """Accuracy, in percent, of the option that the model finds most likely after the prompt.
@@ -48,7 +48,7 @@ def option_nats(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
-    records: Sequence[Record],
+    records: Sequence[Record | Chat],
     batch_size: int,
 ) -> list[list[float]]:
     """The negative log-likelihood, in nats, of every option of every question after its prompt.

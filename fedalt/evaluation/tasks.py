@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from fedalt.config import Config
-from fedalt.data import Example, ImageExample, collate, encode, pixels
+from fedalt.data import Example, ImageExample, collate, encode, pack, pixels
 from fedalt.errors import InputError
 from fedalt.evaluation.answers import Answers
 from fedalt.evaluation.evaluate import evaluate_images, evaluate_text
@@ -21,8 +21,8 @@ class Task(Protocol):
 
     tool: Any
 
-    def encode(self, records: Sequence[Any]) -> list[Any]:
-        """Records as examples."""
+    def encode(self, records: Sequence[Any], tested: bool = False) -> list[Any]:
+        """Records as examples, to train on or to test with."""
         ...
 
     def count_cut(self, examples: Sequence[Any]) -> int:
@@ -58,19 +58,20 @@ class TextTask:
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self.tool, self._config = tokenizer, config
 
-    def encode(self, records: Sequence[Any]) -> list[Any]:
-        return encode(records, self.tool, self._config.data)
+    def encode(self, records: Sequence[Any], tested: bool = False) -> list[Any]:
+        return encode(records, self.tool, self._config.data, tested)
 
     def count_cut(self, examples: Sequence[Example]) -> int:
         return sum(example.cut for example in examples)
 
     def loss(self, model: nn.Module, batch: Sequence[Example]) -> Tensor:
         device = next(model.parameters()).device
-        collated = collate(batch, self.tool.pad_token_id, device)
-        return answer_loss(model, collated, chunk=self._config.train.loss_chunk)
+        settings = self._config.train
+        rows = (pack if settings.packing else collate)(batch, self.tool.pad_token_id, device)
+        return answer_loss(model, rows, chunk=settings.loss_chunk)
 
     def count(self, batch: Sequence[Example]) -> int:
-        return sum(len(example.answer) for example in batch)
+        return sum(example.terms for example in batch)
 
     def evaluate(
         self,
@@ -90,7 +91,7 @@ class ImageTask:
     def __init__(self, config: Config, processor: Any, classes: dict[str, int]) -> None:
         self.tool, self._config, self._classes = processor, config, classes
 
-    def encode(self, records: Sequence[Any]) -> list[Any]:
+    def encode(self, records: Sequence[Any], tested: bool = False) -> list[Any]:
         for record in records:
             if record.label not in self._classes:
                 known = ", ".join(self._classes)

@@ -46,16 +46,12 @@ def read_at_hand(config: Config) -> list[Parts]:
     return [c.read() for c in load_clients(config.data, config.partition, config.seed)]
 
 
-def assume(
-    config: Config, parts: Sequence[Parts], encode: Callable[[Sequence[Any]], list[Any]]
-) -> Assumed:
+def assume(config: Config, parts: Sequence[Parts], encode: Callable[..., list[Any]]) -> Assumed:
     """What to count with, given the records at hand, or none, and a task's ``encode``."""
     return _images(parts) if config.data.kind == "image" else _texts(config, parts, encode)
 
 
-def _texts(
-    config: Config, parts: Sequence[Parts], encode: Callable[[Sequence[Any]], list[Any]]
-) -> Assumed:
+def _texts(config: Config, parts: Sequence[Parts], encode: Callable[..., list[Any]]) -> Assumed:
     data = config.data
     if not parts:
         half = data.max_length // 2
@@ -65,7 +61,7 @@ def _texts(
         return Assumed(example, example, record, UNKNOWN, UNKNOWN, size, source)
     train = [example for part in parts for example in encode(part.train)]
     records = [record for part in parts for record in part.test]
-    test = encode(records)
+    test = encode(records, True)
     examples = _longest(train), _largest(test)
     options = max(len(record.options) for record in records)  # each is a row of its own
     most = max(len(part.train) for part in parts)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedalt.config import Config
 from fedalt.errors import InputError, first_line
-from fedalt.model import checkpoint_of, fit_head, fit_tokenizer, load_tokenizer
+from fedalt.model import checkpoint_of, fit_head, fit_tokenizer, gguf_options, load_tokenizer
 
 
 def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, Any]:
@@ -36,7 +36,7 @@ def load_skeleton(config: Config, classes: Sequence[str]) -> tuple[nn.Module, An
     tool: Any
     kind: Any
     try:
-        shape = AutoConfig.from_pretrained(path)
+        shape = AutoConfig.from_pretrained(path, **gguf_options(config.model.path))
         if config.data.kind == "image":
             kind = AutoModelForImageClassification
             tool = AutoImageProcessor.from_pretrained(path, backend="pil")

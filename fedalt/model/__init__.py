@@ -10,6 +10,7 @@ from fedalt.model.base import (
 )
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
+from fedalt.model.gguf import gguf_options
 from fedalt.model.grouped import ClientRows, stack_clients
 from fedalt.model.logits import mark_chunkable
 from fedalt.model.states import (
@@ -63,6 +64,7 @@ __all__ = [
     "fixed_gates",
     "frame_fingerprint",
     "fresh_state",
+    "gguf_options",
     "in_short",
     "individual_state",
     "inject",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedalt.config import BUILTIN_BASE, BUILTIN_VIT, ModelConfig
 from fedalt.errors import InputError, InputWarning, first_line
+from fedalt.model.gguf import forget_quantization, gguf_options, is_gguf
 from fedalt.model.logits import gather_rows, mark_chunkable, take_back
 from fedalt.model.quantized import finish_loading, is_quantized, loading_options
 from fedalt.model.targets import find_targets, is_all_linear, left_out
@@ -37,7 +38,8 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModelForCausalLM
 
-    path, options = checkpoint_of(config.path), loading_options(config)
+    path = checkpoint_of(config.path)
+    options = {**loading_options(config), **gguf_options(config.path)}
     usable_device(config.device)
     tokenizer = load_tokenizer(path, config.path)
     try:
@@ -45,6 +47,8 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = first_line(error)
         raise InputError(f"model.path: cannot load {config.path!r}: {reason}") from None
+    if is_gguf(config.path):
+        forget_quantization(model)
     fit_tokenizer(tokenizer, model, config.path)
     head = output_head(model)
     finish_loading(model, [name for name, m in model.named_modules() if m is head], config)
@@ -55,7 +59,10 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
 
 
 def checkpoint_of(path: str) -> str:
-    """What ``from_pretrained`` takes: the package's own folder for the name of a built-in base."""
+    """What ``from_pretrained`` takes: the package's own folder for the name of a built-in base, of
+    a ``.gguf`` file its folder."""
+    if is_gguf(path):
+        return str(Path(path).parent)
     own = {BUILTIN_BASE: "base", BUILTIN_VIT: "vit"}
     return str(Path(__file__).parents[1] / "assets" / own[path]) if path in own else path
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fedalt.errors import InputError, first_line
+from fedalt.model.gguf import gguf_options, is_gguf, mend_tokenizer
 
 
 def load_tokenizer(path: str, name: str) -> Any:
@@ -20,10 +21,13 @@ def load_tokenizer(path: str, name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    options = gguf_options(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **options)
     except Exception as error:  # whatever a tokenizer's reader may raise
         raise InputError(f"model.path: cannot load {name!r}: {first_line(error)}") from None
+    if is_gguf(name):
+        mend_tokenizer(tokenizer, name)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"model.path: the tokenizer of {name!r} has no end token, which every answer ends "

@@ -168,7 +168,7 @@ def join_run(run_dir: str | Path, data: str, epochs: int | None = None) -> str:
 def folder_of(data: str) -> tuple[str, tuple[str, ...]]:
     """A folder of clients, and of it the one client that is meant where ``data`` is its own."""
     folder = Path(os.path.abspath(data))
-    if (folder / "train.jsonl").exists() or (folder / "train").is_dir():
+    if any((folder / name).exists() for name in ("train.jsonl", "train.jsonl.gz", "train")):
         return str(folder.parent), (folder.name,)
     return str(folder), ()
 

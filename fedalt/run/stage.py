@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from fedalt.config import Config
-from fedalt.data import Client, broken_images, load_clients
-from fedalt.errors import InputError
+from fedalt.config import CHAT, Config
+from fedalt.data import Chat, Client, broken_images, load_clients
+from fedalt.errors import InputError, InputWarning
 from fedalt.evaluation import ImageTask, Task, TextTask
 from fedalt.methods import Method, get_method
 from fedalt.model import (
@@ -35,7 +36,7 @@ from fedalt.model import (
 from fedalt.run.cohort import check_cohort, derive_seed, held_out
 from fedalt.run.cuts import Cuts
 from fedalt.store import SERVER, Checkpoint, StateFolder, StoredState, read_peft_adapter
-from fedalt.training import check_optimizer, check_privacy, check_recomputes
+from fedalt.training import check_optimizer, check_packing, check_privacy, check_recomputes
 
 BASE, NEWCOMER = "base", "newcomer"
 """The server's own states: what is added to the base weights, and what a newcomer installs."""
@@ -92,11 +93,13 @@ class Stage:
         """
         self.config, self.method = config, get_method(config.method)
         labels, members, broken = set(classes), [], []
+        self._chats = config.data.prompt == CHAT
         for client in clients:
             parts = client.read()
             members.append(Member(client, len(parts.train), parts.fingerprint()))
+            records = [*parts.train, *parts.test]
+            self._chats |= any(isinstance(record, Chat) for record in records)
             if config.data.kind == "image":
-                records = [*parts.train, *parts.test]
                 broken += broken_images(records)
                 labels |= set() if classes else {record.label for record in records}
         if broken:
@@ -135,7 +138,8 @@ class Stage:
         """A client's encoded records, from the shelf or read anew."""
         if member.id not in self._shelf:
             parts = member.client.read()
-            train, test = self.task.encode(parts.train), self.task.encode(parts.test)
+            train = self.task.encode(parts.train)
+            test = self.task.encode(parts.test, tested=True)
             self._shelf[member.id] = Examples(train, test, parts.test)
             both = [*train, *test]
             self.cuts.note(member.id, self.task.count_cut(both), len(both))
@@ -217,6 +221,18 @@ class Stage:
             check_privacy(self.config.privacy, member.examples, member.id)
         if self.config.train.gradient_checkpointing:
             check_recomputes(self.model)
+        if self.config.train.packing:
+            check_packing(self.model)
+        if self._chats:  # which the base's template may refuse
+            for member in [*self.known, *self.unseen]:
+                self.examples(member)
+        elif getattr(self.task.tool, "chat_template", None):
+            warnings.warn(
+                f"data.prompt: {self.config.model.path} has a chat template and is trained without "
+                f"it; -c data.prompt={CHAT} trains in it",
+                InputWarning,
+                stacklevel=2,
+            )
 
 
 def check_base(config: Config) -> None:

@@ -5,6 +5,7 @@ from fedalt.training.client import count_steps, train_client
 from fedalt.training.loss import answer_loss, class_loss, token_losses
 from fedalt.training.micro import out_of_memory
 from fedalt.training.optimizers import check_optimizer
+from fedalt.training.packing import check_packing
 from fedalt.training.private import check_privacy, epsilon_after, sampling_rate
 from fedalt.training.unused import UnusedLayers
 
@@ -12,6 +13,7 @@ __all__ = [
     "UnusedLayers",
     "answer_loss",
     "check_optimizer",
+    "check_packing",
     "check_privacy",
     "check_recomputes",
     "class_loss",
