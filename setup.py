@@ -83,6 +83,7 @@ setup(
         "quantized": ["bitsandbytes>=0.50", "accelerate>=1.1"],
         "gguf": ["gguf>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],
+        "trainer": ["accelerate>=1.1", "trl>=1.10", "datasets>=4.0,<6"],
         "triton": ["triton>=3.6; sys_platform == 'linux'"],
         "bench": ["matplotlib>=3.8", "peft>=0.18", "pytest-benchmark>=5.1"],
         "test": [
