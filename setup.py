@@ -86,6 +86,7 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "flower": ["flwr>=1.42,<1.43"],
         "privacy": ["dp-accounting>=0.6"],
+        "trainer": ["accelerate>=1.1", "trl>=1.10", "datasets>=4.0,<6"],
         "triton": ["triton>=3.6; sys_platform == 'linux'"],
         "bench": ["matplotlib>=3.8", "peft>=0.18", "pytest-benchmark>=5.1"],
         "test": [

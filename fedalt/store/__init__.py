@@ -15,6 +15,7 @@ from fedalt.store.checkpoint import (
     write_state,
     writing,
 )
+from fedalt.store.client_files import client_checkpoints, load_client_state, save_client
 from fedalt.store.journal import TIMES, Journal, Progress, about
 from fedalt.store.peft_files import as_peft_files, free_folder, read_peft_adapter, write_folder
 from fedalt.store.rundir import (
@@ -46,12 +47,15 @@ __all__ = [
     "about",
     "as_peft_files",
     "claim_run_dir",
+    "client_checkpoints",
     "free_folder",
     "free_run_dir",
+    "load_client_state",
     "load_latest",
     "load_run",
     "read_peft_adapter",
     "refuse_changes",
+    "save_client",
     "settings_of",
     "sole_writer",
     "write_atomic",

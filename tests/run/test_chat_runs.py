@@ -134,7 +134,9 @@ def test_plain_and_instruction_are_names_of_templates():
         config_from_dict({"data": {"prompt": "chatty"}})
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}" * 999)[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b"{}" * 999)[:-9]], ids=["no gzip", "cut short"]
+)
 def test_a_broken_gzip_file_and_two_of_one_part_are_refused(content, data, tiny_base, tmp_path):
     config = config_of(tiny_base, data, tmp_path)
     (data / "ann" / "test.jsonl.gz").write_bytes(content)
