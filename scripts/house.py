@@ -18,7 +18,7 @@ FLOORS = (
     ("config", "report"),
     ("data", "model"),
     ("training", "methods", "store"),
-    ("evaluation",),
+    ("evaluation", "tracking"),
     ("run",),
     ("memory", "serving", "flower"),
     ("cli",),

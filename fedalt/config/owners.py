@@ -16,6 +16,7 @@ SITES_OWN = (
     "out",
     "threads",
     "save_total_limit",
+    "report_to",
     "model.path",
     "model.device",
     "model.quantization",

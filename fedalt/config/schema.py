@@ -239,6 +239,9 @@ class Config:
     """CPU threads of PyTorch; null: PyTorch's own choice. On a busy machine 1 is often faster."""
     save_total_limit: int = 2
     """Checkpoints kept; the oldest go first."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that are told every finished round of ``fedalt run``: ``tensorboard``, ``wandb``,
+    ``mlflow``."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -252,6 +255,8 @@ class Config:
         require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
         require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
         require(self.save_total_limit >= 1, "save_total_limit", "at least 1", self.save_total_limit)
+        for name in self.report_to:
+            require_one_of(("tensorboard", "wandb", "mlflow"), "report_to", name)
         other = {"text": BUILTIN_VIT, "image": BUILTIN_BASE}[self.data.kind]
         fits = self.model.path != other
         require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)

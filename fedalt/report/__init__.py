@@ -7,7 +7,7 @@ from fedalt.report.method_sheets import compare_csv, compare_table
 from fedalt.report.report import write_report
 from fedalt.report.summary import read_results
 from fedalt.report.tables import Results, console_text, count, digits_of, number, table
-from fedalt.report.tensorboard import write_tensorboard
+from fedalt.report.tensorboard import scalars_of, write_tensorboard
 from fedalt.report.words import method_verdict, wrapped
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "read_events",
     "read_results",
     "read_times",
+    "scalars_of",
     "table",
     "unseen_table",
     "wrapped",

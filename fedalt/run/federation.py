@@ -31,6 +31,7 @@ from fedalt.store import (
     write_atomic,
     writing,
 )
+from fedalt.tracking import Reporter
 from fedalt.training import count_steps
 
 
@@ -74,13 +75,16 @@ class Federation:
         if config.threads:
             torch.set_num_threads(config.threads)
         out, began = claim_run_dir(config, resume), time.perf_counter()
+        reporter = Reporter(config, out)
         stage = set_stage(config)
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out):
-            return self._run(stage, out, resume, began)
+            return self._run(stage, out, resume, began, reporter)
 
-    def _run(self, stage: Stage, out: Path, resume: bool, began: float) -> Result:
+    def _run(
+        self, stage: Stage, out: Path, resume: bool, began: float, reporter: Reporter
+    ) -> Result:
         config = self.config
         saved = load_latest(out) if resume else None
         if saved:
@@ -91,7 +95,12 @@ class Federation:
         micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
         kept = saved.record["metrics_bytes"] if saved else 0
         ledger = Ledger(config, stage.known, saved.record.get("spent", {}) if saved else {})
-        with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
+        with (
+            Journal(out, kept) as journal,
+            _progress(stage, max(done, 0)) as progress,
+            reporter.opened(progress.say) as tell,
+        ):
+            tell(done)
             if done < config.rounds:
                 journal.start(done + 1, time.perf_counter() - began, _device(stage))
                 progress.say(_opening(stage, out, done + 1))
@@ -114,6 +123,7 @@ class Federation:
                 saved = draft.commit(record, keep=config.save_total_limit)
                 journal.time(number, "save", "", time.perf_counter() - started)
                 progress.end_round(number)
+                tell(number)
             assert saved is not None
             for member in stage.unseen:
                 try:
