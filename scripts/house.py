@@ -18,7 +18,7 @@ FLOORS = (
     ("config", "report"),
     ("data", "model"),
     ("training", "methods", "store"),
-    ("evaluation", "tracking"),
+    ("evaluation",),
     ("run",),
     ("memory", "serving", "flower"),
     ("cli",),

@@ -16,6 +16,7 @@ from fedalt.methods import get_method
 from fedalt.report import count
 from fedalt.run.join import fit_in
 from fedalt.run.ledger import Ledger
+from fedalt.run.reporter import Reporter
 from fedalt.run.rounds import Play
 from fedalt.run.scoring import begin, evaluate_clients, record_of, refuse_changed, write_end
 from fedalt.run.stage import Stage, set_stage
@@ -31,7 +32,6 @@ from fedalt.store import (
     write_atomic,
     writing,
 )
-from fedalt.tracking import Reporter
 from fedalt.training import count_steps
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from fedalt.errors import not_installed
-from fedalt.tracking.points import FEDERATION
+from fedalt.report.points import FEDERATION
 
 PROJECT = "fedalt"
 """Where a tracker shows runs, unless its own environment variables say another place."""

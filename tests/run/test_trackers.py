@@ -9,9 +9,8 @@ import pytest
 
 import fedalt
 from fedalt.errors import InputError
+from fedalt.report import points_of, trackers
 from fedalt.store import Draft
-from fedalt.tracking import trackers
-from fedalt.tracking.points import points
 
 RUNS = {"federation", "client-ann", "client-bob", "client-cyd"}
 
@@ -186,7 +185,7 @@ def test_clients_out_of_the_federation_are_not_in_its_means(tmp_path):
         {"event": "evaluate", "round": 2, "client": "ann", "rouge1": 50.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    assert points(tmp_path, 1, 1) == {
+    assert points_of(tmp_path, 1, 1) == {
         1: {
             "client-ann": {"test/rouge1": 10.0},
             "client-bob": {"test/rouge1": 30.0},

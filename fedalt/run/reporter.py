@@ -9,9 +9,8 @@ from pathlib import Path
 
 from fedalt.config import Config
 from fedalt.errors import InputError, first_line
+from fedalt.report import TRACKERS, Account, Tracker, points_of
 from fedalt.store import write_atomic
-from fedalt.tracking.points import points
-from fedalt.tracking.trackers import TRACKERS, Account, Tracker
 
 TOLD = "trackers.json"
 
@@ -78,7 +77,7 @@ def _reason(error: Exception) -> str:
 
 
 def _tell(tracker: Tracker, account: Account, upto: int) -> None:
-    for number, runs in points(account.out, account.told + 1, upto).items():
+    for number, runs in points_of(account.out, account.told + 1, upto).items():
         for name, values in runs.items():
             tracker.log(name, values, number)
         account.told = number

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from fedalt.report import read_events, read_times, scalars_of
+from fedalt.report.events import read_events, read_times
+from fedalt.report.tensorboard import scalars_of
 
 FEDERATION = "federation"
 """The run that has the means and sums over clients; a client's is ``client-ID``."""
 MEANS, SUMS = ("train", "test", "individual", "rest_of_world"), ("traffic", "seconds")
 
 
-def points(run_dir: Path, first: int, last: int) -> dict[int, dict[str, dict[str, float]]]:
+def points_of(run_dir: Path, first: int, last: int) -> dict[int, dict[str, dict[str, float]]]:
     """The values of the rounds ``first`` to ``last``: by round, then by run, then by tag.
 
     Losses and scores of the federation are the means of its clients' in that round, bytes and
