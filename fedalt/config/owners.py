@@ -29,6 +29,7 @@ SITES_OWN = (
     "data.clients",
     "data.test_share",
     "train.micro_batch",
+    "train.together",
     "train.gradient_checkpointing",
     "train.offload_activations",
     "train.loss_chunk",

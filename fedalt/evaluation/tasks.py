@@ -13,7 +13,7 @@ from fedalt.errors import InputError
 from fedalt.evaluation.answers import Answers
 from fedalt.evaluation.evaluate import evaluate_images, evaluate_text
 from fedalt.model import GateMeter
-from fedalt.training import answer_loss, class_loss
+from fedalt.training import answer_loss, class_loss, token_losses
 
 
 class Task(Protocol):
@@ -31,6 +31,14 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Sequence[Any]) -> Tensor:
         """The mean loss of a batch of examples, in nats (a token)."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Sequence[Any]) -> Tensor:
+        """Of each example [B], the loss summed over its terms."""
+        ...
+
+    def length(self, example: Any) -> int:
+        """The rows of a layer's input that it takes; of images, which are all alike, 1."""
         ...
 
     def count(self, batch: Sequence[Any]) -> int:
@@ -70,6 +78,13 @@ class TextTask:
         rows = (pack if settings.packing else collate)(batch, self.tool.pad_token_id, device)
         return answer_loss(model, rows, chunk=settings.loss_chunk)
 
+    def losses(self, model: nn.Module, batch: Sequence[Example]) -> Tensor:
+        rows = collate(batch, self.tool.pad_token_id, next(model.parameters()).device)
+        return token_losses(model, rows, self._config.train.loss_chunk).sum(1)
+
+    def length(self, example: Example) -> int:
+        return len(example.prompt) + len(example.answer)
+
     def count(self, batch: Sequence[Example]) -> int:
         return sum(example.terms for example in batch)
 
@@ -106,6 +121,13 @@ class ImageTask:
 
     def loss(self, model: nn.Module, batch: Sequence[ImageExample]) -> Tensor:
         return class_loss(model, self._pixels(batch), [example.label for example in batch])
+
+    def losses(self, model: nn.Module, batch: Sequence[ImageExample]) -> Tensor:
+        labels = [example.label for example in batch]
+        return class_loss(model, self._pixels(batch), labels, reduction="none")
+
+    def length(self, example: ImageExample) -> int:
+        return 1
 
     def count(self, batch: Sequence[ImageExample]) -> int:
         return len(batch)

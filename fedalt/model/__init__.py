@@ -11,7 +11,7 @@ from fedalt.model.base import (
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
 from fedalt.model.gguf import gguf_options
-from fedalt.model.grouped import ClientRows, stack_clients
+from fedalt.model.grouped import ClientRows, HiddenRows, stack_clients, stacked_clients
 from fedalt.model.logits import mark_chunkable
 from fedalt.model.states import (
     HEAD,
@@ -51,6 +51,7 @@ __all__ = [
     "BaseWeights",
     "ClientRows",
     "GateMeter",
+    "HiddenRows",
     "State",
     "adapter_alone",
     "adapter_state",
@@ -83,6 +84,7 @@ __all__ = [
     "select",
     "set_trainable",
     "stack_clients",
+    "stacked_clients",
     "sum_dtype",
     "usable_device",
     "without_gradient",

@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fedalt.errors import InputError
 from fedalt.model.states import INDIVIDUAL, mixed_layers
 from fedalt_kernels import GroupedMixedLoRALinear, MixedLoRALinear, Segments
+
+
+class HiddenRows(InputError):
+    """A layer does not see a batch's rows in their order, so that nobody knows whose they are."""
 
 
 class ClientRows:
@@ -23,6 +28,7 @@ class ClientRows:
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self.hook: RemovableHandle | None = None  # by which it is told of the model's calls
         self._batch: Segments | None = None
         self._calls: set[int] = set()  # rows that a layer may see flattened
         self._made: dict[tuple[int, torch.device], Segments] = {}
@@ -48,7 +54,7 @@ class ClientRows:
         if self._batch is None:
             raise InputError("clients must be named: call the model with clients=[...]")
         if x.ndim < 3 and len(x) not in self._calls:
-            raise InputError(
+            raise HiddenRows(
                 "lora.target_modules: a layer sees tokens in an order of its own, as experts do, "
                 "so their clients are not known; use fedalt.load_client"
             )
@@ -56,6 +62,32 @@ class ClientRows:
         if key not in self._made:
             self._made[key] = self._batch.of_rows(*key)
         return self._made[key]
+
+
+@contextmanager
+def stacked_clients(
+    model: nn.Module, states: Sequence[Mapping[str, Tensor]]
+) -> Iterator[tuple[ClientRows, dict[str, GroupedMixedLoRALinear]]]:
+    """`stack_clients` while it lasts, then the model has its own adapters again.
+
+    The stacked layers come along, each under the name that its tensors have in a state.
+    """
+    own = dict(mixed_layers(model))
+    places = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, MixedLoRALinear)
+    ]
+    rows = None
+    try:
+        rows = stack_clients(model, states)
+        yield rows, {name: model.get_submodule(name) for name in own}
+    finally:
+        if rows is not None and rows.hook is not None:
+            rows.hook.remove()
+        for name, layer in places:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
 
 
 def stack_clients(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> ClientRows:
@@ -81,7 +113,7 @@ def stack_clients(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> C
         for name in names[layer]:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, stacked)
-    model.register_forward_pre_hook(rows.see, with_kwargs=True)
+    rows.hook = model.register_forward_pre_hook(rows.see, with_kwargs=True)
     return rows
 
 

@@ -7,9 +7,12 @@ from fedalt.training.micro import out_of_memory
 from fedalt.training.optimizers import check_optimizer
 from fedalt.training.packing import check_packing
 from fedalt.training.private import check_privacy, epsilon_after, sampling_rate
+from fedalt.training.together import NotTogether, Trainee, train_together
 from fedalt.training.unused import UnusedLayers
 
 __all__ = [
+    "NotTogether",
+    "Trainee",
     "UnusedLayers",
     "answer_loss",
     "check_optimizer",
@@ -23,4 +26,5 @@ __all__ = [
     "sampling_rate",
     "token_losses",
     "train_client",
+    "train_together",
 ]
