@@ -15,6 +15,9 @@ from fedalt.evaluation.evaluate import evaluate_images, evaluate_text
 from fedalt.model import GateMeter
 from fedalt.training import answer_loss, class_loss, token_losses
 
+PATCHES = 14 * 14 + 1
+"""The tokens of an image as vision transformers mostly cut it."""
+
 
 class Task(Protocol):
     """One kind of data, with the tokenizer or image processor of the base."""
@@ -38,7 +41,7 @@ class Task(Protocol):
         ...
 
     def length(self, example: Any) -> int:
-        """The rows of a layer's input that it takes; of images, which are all alike, 1."""
+        """How many tokens it makes, or nearly so."""
         ...
 
     def count(self, batch: Sequence[Any]) -> int:
@@ -127,7 +130,7 @@ class ImageTask:
         return class_loss(model, self._pixels(batch), labels, reduction="none")
 
     def length(self, example: ImageExample) -> int:
-        return 1
+        return PATCHES
 
     def count(self, batch: Sequence[ImageExample]) -> int:
         return len(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def stacked_clients(
     rows = None
     try:
         rows = stack_clients(model, states)
-        yield rows, {name: model.get_submodule(name) for name in own}
+        yield rows, {name: cast(GroupedMixedLoRALinear, model.get_submodule(name)) for name in own}
     finally:
         if rows is not None and rows.hook is not None:
             rows.hook.remove()
