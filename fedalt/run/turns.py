@@ -105,6 +105,7 @@ def turns_together(
         config.train,
         stage.task.losses,
         trains=stage.trains(members[0].id),
+        length=stage.task.length,
         count=stage.task.count,
         on_step=on_step,
     )

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fedalt.config import TrainConfig
-from fedalt.model import State, is_part, stacked_clients, sum_dtype
+from fedalt.model import ClientRows, State, is_part, stacked_clients, sum_dtype
 from fedalt.training.activations import offloading, recomputing
 from fedalt.training.client import TrainResult, batches, count_steps, schedule_of, share_of
 from fedalt.training.micro import Count
 from fedalt.training.optimizers import moments_of, optimizing
-from fedalt_kernels import GroupedMixedLoRALinear
+from fedalt_kernels import GroupedMixedLoRALinear, Segments
 
 Losses = Callable[[nn.Module, Sequence[Any]], Tensor]
 """The loss of each example of a batch [B], summed over its terms."""
@@ -51,6 +51,7 @@ def train_together(
     losses: Losses,
     *,
     trains: Sequence[Sequence[str]],
+    length: Callable[[Any], int],
     count: Count = len,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[tuple[State, TrainResult]]:
@@ -65,6 +66,7 @@ def train_together(
         model: it has the same adapters afterwards, and in them what it had before.
         clients: whose rows stand in this order in every batch.
         losses: called in training mode.
+        length: the tokens that an example makes; shorter ones are padded on the left.
         trains, count, on_step: as in ``train_client``.
 
     Returns:
@@ -84,7 +86,7 @@ def train_together(
         ):
             torch.manual_seed(clients[0].seed)
             seats = [_Seat(n, client, config, device) for n, client in enumerate(clients)]
-            masks = _Masks(layers, seats, device, again=config.gradient_checkpointing)
+            seen = _Rows(layers, seats, rows, again=config.gradient_checkpointing)
             model.train()
             for position in range(len(trains)):
                 tensors = _trainable(layers, trains[position])
@@ -96,7 +98,11 @@ def train_together(
                         drawn = [next(seat.stream) for seat in left]
                         batch = [example for own in drawn for example in own]
                         owners = [s.number for s, own in zip(left, drawn, strict=True) for _ in own]
-                        masks.forget()
+                        sizes = {
+                            seat.number: (len(own), max(map(length, own)))
+                            for seat, own in zip(left, drawn, strict=True)
+                        }
+                        seen.begin(sizes, device)
                         with rows.of(owners):
                             with forward:
                                 each = losses(model, batch).split([len(own) for own in drawn])
@@ -170,37 +176,65 @@ class _Seat:
         return TrainResult(mean, self._done, self._moments)
 
 
-class _Masks:
-    """The seeds of every layer's dropout: of each client, those that it would draw alone."""
+class _Rows:
+    """What every adapted layer sees of a step: of each client the rows that it would have alone.
 
-    def __init__(
-        self, layers: Layers, seats: Sequence[_Seat], device: torch.device, again: bool
-    ) -> None:
+    Those that pad a client's rows to the length of others' are left out, so that they cost nothing
+    and rows keep the numbers, and so the dropout's masks, that they have alone.
+    """
+
+    def __init__(self, layers: Layers, seats: Sequence[_Seat], rows: ClientRows, again: bool):
         """``again``: a layer is called once more in the backward, with the same masks."""
-        self._seats, self._device, self._again = seats, device, again
-        self._drawn: dict[nn.Module, Tensor] = {}
+        self._seats, self._rows, self._again = seats, rows, again
+        self._shape: torch.Size | None = None  # of the rows of a layer's call that is narrowed
+        self._seeds: dict[nn.Module, Tensor] = {}
+        self._all, self._kept, self._segments = 0, torch.empty(0), Segments((), None, None)
         for layer in layers.values():
-            if layer.dropout:
-                layer.register_forward_pre_hook(self._seed, with_kwargs=True)
+            layer.register_forward_pre_hook(self._narrow, with_kwargs=True)
+            layer.register_forward_hook(self._widen)
 
-    def forget(self) -> None:
-        """A new step begins."""
-        self._drawn.clear()
+    def begin(self, sizes: Mapping[int, tuple[int, int]], device: torch.device) -> None:
+        """A new step, of so many examples and tokens an example by client; padded on the left."""
+        self._seeds.clear()
+        longest, start, kept = max(tokens for _, tokens in sizes.values()), 0, []
+        rows = [0] * len(self._seats)
+        for number, (examples, tokens) in sizes.items():
+            block = torch.arange(start, start + examples * longest).view(examples, longest)
+            kept.append(block[:, longest - tokens :].flatten())
+            start, rows[number] = start + block.numel(), examples * tokens
+        self._kept = torch.cat(kept).to(device)
+        self._all = start if start > len(self._kept) else 0
+        self._segments = Segments(tuple(rows), None, None)
 
-    def _seed(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        seeds = self._drawn.get(layer)
-        if seeds is None:
-            seeds = torch.stack(
-                [
-                    torch.randint(2**63 - 1, (), generator=seat.dropout, device=self._device)
-                    for seat in self._seats
-                ]
-            )
-            if self._again:
-                self._drawn[layer] = seeds
-        return args, {**kwargs, "seeds": seeds}
+    def _narrow(
+        self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        (x,) = args
+        told: dict[str, Any] = {"clients": self._rows(x)}
+        if layer.training and layer.dropout:
+            told["seeds"] = self._seeds_of(layer, x.device)
+        self._shape = x.shape[:-1] if x.shape[:-1].numel() == self._all else None
+        if self._shape is not None:
+            x, told["clients"] = x.flatten(0, -2).index_select(0, self._kept), self._segments
+        return (x,), told
+
+    def _widen(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        if self._shape is None:
+            return y
+        wide = y.new_zeros(self._all, y.shape[-1]).index_copy(0, self._kept, y)
+        return wide.view(*self._shape, -1)
+
+    def _seeds_of(self, layer: nn.Module, device: torch.device) -> Tensor:
+        """Of each client, the seed that it would draw alone."""
+        if layer in self._seeds:
+            return self._seeds[layer]
+        drawn = [
+            torch.randint(2**63 - 1, (), generator=seat.dropout, device=device)
+            for seat in self._seats
+        ]
+        if self._again:
+            self._seeds[layer] = torch.stack(drawn)
+        return torch.stack(drawn)
 
 
 def _tensors(layers: Layers) -> dict[str, nn.Parameter]:
