@@ -38,10 +38,10 @@ class TrainConfig:
     halved, the step is run again, and the run goes on with what fits. A step's gradient stays the
     whole batch's, but for its rounding and, under dropout, its masks."""
     together: int | str = 1
-    """Clients that train in one pass over the base, each with its own batches, AdamW, clipping and
-    dropout: every result is what it is alone, but for rounding. ``auto``: as many as make a pass of
-    TOKENS tokens. Where memory does not suffice it is halved; trained heads, packing, privacy and
-    micro-batches train one by one."""
+    """Clients that train in one pass over the base where their records are of like lengths. Each
+    has its own batches, AdamW, clipping and dropout, and ends where it would alone, but for
+    rounding. ``auto``: as many as bring a pass to 512 tokens on a CPU, 8192 elsewhere. Where
+    memory does not suffice it is halved."""
     packing: bool = False
     """Short records of a batch share rows, each blind to the others: less padding, the same loss
     and gradient but for rounding and, under dropout, its masks."""

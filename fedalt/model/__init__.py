@@ -11,8 +11,9 @@ from fedalt.model.base import (
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
 from fedalt.model.gguf import gguf_options
-from fedalt.model.grouped import ClientRows, HiddenRows, stack_clients, stacked_clients
+from fedalt.model.grouped import ClientRows, HiddenRows, stack_clients
 from fedalt.model.logits import mark_chunkable
+from fedalt.model.stacked import stacked_clients
 from fedalt.model.states import (
     HEAD,
     INDIVIDUAL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,32 +62,6 @@ class ClientRows:
         if key not in self._made:
             self._made[key] = self._batch.of_rows(*key)
         return self._made[key]
-
-
-@contextmanager
-def stacked_clients(
-    model: nn.Module, states: Sequence[Mapping[str, Tensor]]
-) -> Iterator[tuple[ClientRows, dict[str, GroupedMixedLoRALinear]]]:
-    """`stack_clients` while it lasts, then the model has its own adapters again.
-
-    The stacked layers come along, each under the name that its tensors have in a state.
-    """
-    own = dict(mixed_layers(model))
-    places = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, MixedLoRALinear)
-    ]
-    rows = None
-    try:
-        rows = stack_clients(model, states)
-        yield rows, {name: cast(GroupedMixedLoRALinear, model.get_submodule(name)) for name in own}
-    finally:
-        if rows is not None and rows.hook is not None:
-            rows.hook.remove()
-        for name, layer in places:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
 
 
 def stack_clients(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> ClientRows:

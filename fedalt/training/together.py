@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +12,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fedalt.config import TrainConfig
-from fedalt.model import ClientRows, State, is_part, stacked_clients, sum_dtype
+from fedalt.model import State, stacked_clients, sum_dtype
 from fedalt.training.activations import offloading, recomputing
 from fedalt.training.client import TrainResult, batches, count_steps, schedule_of, share_of
 from fedalt.training.micro import Count
 from fedalt.training.optimizers import moments_of, optimizing
-from fedalt_kernels import GroupedMixedLoRALinear, Segments
 
 Losses = Callable[[nn.Module, Sequence[Any]], Tensor]
 """The loss of each example of a batch [B], summed over its terms."""
-
-Layers = Mapping[str, GroupedMixedLoRALinear]
 
 
 class NotTogether(Exception):
@@ -78,51 +75,65 @@ def train_together(
     """
     device = next(model.parameters()).device
     forward = offloading(model, config.offload_activations)
+
+    def offloaded(model: nn.Module, batch: Sequence[Any]) -> Tensor:
+        with forward:
+            return losses(model, batch)
+
     try:
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            stacked_clients(model, [client.state for client in clients]) as (rows, layers),
+            stacked_clients(
+                model,
+                [client.state for client in clients],
+                [client.seed for client in clients],
+                recomputes=config.gradient_checkpointing,
+            ) as stacked,
             recomputing(model, config.gradient_checkpointing),
         ):
             torch.manual_seed(clients[0].seed)
             seats = [_Seat(n, client, config, device) for n, client in enumerate(clients)]
-            seen = _Rows(layers, seats, rows, again=config.gradient_checkpointing)
             model.train()
             for position in range(len(trains)):
-                tensors = _trainable(layers, trains[position])
+                tensors = stacked.train(trains[position])
                 with ExitStack() as stack:
                     for seat in seats:
                         seat.sit(stack, tensors, len(trains), position)
                     left = seats if tensors else []
                     while left := [seat for seat in left if seat.left]:
-                        drawn = [next(seat.stream) for seat in left]
-                        batch = [example for own in drawn for example in own]
-                        owners = [s.number for s, own in zip(left, drawn, strict=True) for _ in own]
-                        sizes = {
-                            seat.number: (len(own), max(map(length, own)))
-                            for seat, own in zip(left, drawn, strict=True)
-                        }
-                        seen.begin(sizes, device)
-                        with rows.of(owners):
-                            with forward:
-                                each = losses(model, batch).split([len(own) for own in drawn])
-                            means = [
-                                part.sum() / count(own)
-                                for part, own in zip(each, drawn, strict=True)
-                            ]
-                            torch.stack(means).sum().backward()
+                        drawn = {seat.number: next(seat.stream) for seat in left}
+                        with stacked.step(_sizes(drawn, length)):
+                            means = _backward(model, drawn.values(), offloaded, count)
                         if any(tensor.grad is None for tensor in tensors.values()):
                             raise NotTogether
                         for seat, mean in zip(left, means, strict=True):
-                            seat.step(tensors, mean.detach())
+                            seat.step(tensors, mean)
                             on_step()
                         for tensor in tensors.values():
                             tensor.grad = None
                     for seat in seats:
                         seat.rise()
-            return [(seat.state(layers), seat.result()) for seat in seats]
+            return [(seat.state(stacked.tensors), seat.result()) for seat in seats]
     finally:
         model.eval()
+
+
+def _sizes(
+    drawn: Mapping[int, Sequence[Any]], length: Callable[[Any], int]
+) -> dict[int, tuple[int, int]]:
+    """Of each client's batch, how many examples it has and the tokens of the longest."""
+    return {number: (len(batch), max(map(length, batch))) for number, batch in drawn.items()}
+
+
+def _backward(
+    model: nn.Module, batches: Collection[Sequence[Any]], losses: Losses, count: Count
+) -> list[Tensor]:
+    """The mean loss of each client's batch, and its gradient in what is the client's own."""
+    whole = [example for batch in batches for example in batch]
+    parts = losses(model, whole).split([len(batch) for batch in batches])
+    means = [part.sum() / count(batch) for part, batch in zip(parts, batches, strict=True)]
+    torch.stack(means).sum().backward()
+    return [mean.detach() for mean in means]
 
 
 class _Seat:
@@ -134,7 +145,6 @@ class _Seat:
         self.number, self._client, self._config = number, client, config
         order = torch.Generator().manual_seed(client.seed)
         self.stream: Iterator[list[Any]] = batches(client.examples, config, order)
-        self.dropout = torch.Generator(device).manual_seed(client.seed)
         self.left, self._done, self._moments = 0, 0, dict[str, Tensor]()
         self._total = torch.zeros((), dtype=sum_dtype(device), device=device)
 
@@ -166,90 +176,10 @@ class _Seat:
         if self._client.optimizer is not None and self._own:
             self._moments |= moments_of(self._own, self._adamw)
 
-    def state(self, layers: Layers) -> State:
-        stacked = _tensors(layers)
+    def state(self, stacked: Mapping[str, Tensor]) -> State:
         own = {name: stacked[name].detach()[self.number] for name in self._client.state}
         return {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
 
     def result(self) -> TrainResult:
         mean = self._total.item() / max(self._done, 1)
         return TrainResult(mean, self._done, self._moments)
-
-
-class _Rows:
-    """What every adapted layer sees of a step: of each client the rows that it would have alone.
-
-    Those that pad a client's rows to the length of others' are left out, so that they cost nothing
-    and rows keep the numbers, and so the dropout's masks, that they have alone.
-    """
-
-    def __init__(self, layers: Layers, seats: Sequence[_Seat], rows: ClientRows, again: bool):
-        """``again``: a layer is called once more in the backward, with the same masks."""
-        self._seats, self._rows, self._again = seats, rows, again
-        self._shape: torch.Size | None = None  # of the rows of a layer's call that is narrowed
-        self._seeds: dict[nn.Module, Tensor] = {}
-        self._all, self._kept, self._segments = 0, torch.empty(0), Segments((), None, None)
-        for layer in layers.values():
-            layer.register_forward_pre_hook(self._narrow, with_kwargs=True)
-            layer.register_forward_hook(self._widen)
-
-    def begin(self, sizes: Mapping[int, tuple[int, int]], device: torch.device) -> None:
-        """A new step, of so many examples and tokens an example by client; padded on the left."""
-        self._seeds.clear()
-        longest, start, kept = max(tokens for _, tokens in sizes.values()), 0, []
-        rows = [0] * len(self._seats)
-        for number, (examples, tokens) in sizes.items():
-            block = torch.arange(start, start + examples * longest).view(examples, longest)
-            kept.append(block[:, longest - tokens :].flatten())
-            start, rows[number] = start + block.numel(), examples * tokens
-        self._kept = torch.cat(kept).to(device)
-        self._all = start if start > len(self._kept) else 0
-        self._segments = Segments(tuple(rows), None, None)
-
-    def _narrow(
-        self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        (x,) = args
-        told: dict[str, Any] = {"clients": self._rows(x)}
-        if layer.training and layer.dropout:
-            told["seeds"] = self._seeds_of(layer, x.device)
-        self._shape = x.shape[:-1] if x.shape[:-1].numel() == self._all else None
-        if self._shape is not None:
-            x, told["clients"] = x.flatten(0, -2).index_select(0, self._kept), self._segments
-        return (x,), told
-
-    def _widen(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        if self._shape is None:
-            return y
-        wide = y.new_zeros(self._all, y.shape[-1]).index_copy(0, self._kept, y)
-        return wide.view(*self._shape, -1)
-
-    def _seeds_of(self, layer: nn.Module, device: torch.device) -> Tensor:
-        """Of each client, the seed that it would draw alone."""
-        if layer in self._seeds:
-            return self._seeds[layer]
-        drawn = [
-            torch.randint(2**63 - 1, (), generator=seat.dropout, device=device)
-            for seat in self._seats
-        ]
-        if self._again:
-            self._seeds[layer] = torch.stack(drawn)
-        return torch.stack(drawn)
-
-
-def _tensors(layers: Layers) -> dict[str, nn.Parameter]:
-    """Every stacked tensor [C, ...], by the name it has in a state."""
-    return {
-        f"{prefix}.{name}": tensor
-        for prefix, layer in layers.items()
-        for name, tensor in layer.named_parameters()
-        if not name.startswith("base.")
-    }
-
-
-def _trainable(layers: Layers, parts: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Let the tensors of ``parts``, and no others, ask for a gradient; these."""
-    stacked = _tensors(layers)
-    for name, tensor in stacked.items():
-        tensor.requires_grad_(any(is_part(name, part) for part in parts))
-    return {name: tensor for name, tensor in stacked.items() if tensor.requires_grad}
