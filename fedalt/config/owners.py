@@ -34,6 +34,7 @@ SITES_OWN = (
     "train.offload_activations",
     "train.loss_chunk",
     "evaluate.batch_size",
+    "evaluate.together",
     "evaluate.answers",
 )
 """What a site keeps to itself: where its data and its base are, and what its machine can do."""

@@ -11,7 +11,7 @@ import yaml
 from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
 from fedalt.config.privacy import PrivacyConfig
 from fedalt.config.train import AUTO, TrainConfig
-from fedalt.errors import require, require_one_of
+from fedalt.errors import require, require_count_or_auto, require_one_of
 
 __all__ = [
     "BUILTIN_BASE",
@@ -150,6 +150,10 @@ class EvaluateConfig:
     """Rounds between evaluations; round 0 and the last are always evaluated."""
     batch_size: int = 128
     """Records that are scored at once."""
+    together: int | str = 1
+    """Clients whose records share these batches, so that one pass over the base serves them; each
+    gets the scores that it gets alone, but for rounding. ``auto``: as many as fill one. Images, and
+    clients with trained heads, are scored one by one."""
     max_new_tokens: int = 80
     """The longest generated answer, in tokens."""
     num_beams: int = 1
@@ -165,6 +169,7 @@ class EvaluateConfig:
         for name in ("every", "batch_size", "max_new_tokens", "num_beams"):
             value = getattr(self, name)
             require(value >= 1, f"evaluate.{name}", "at least 1", value)
+        require_count_or_auto("evaluate.together", self.together)
         require(self.answers >= 0, "evaluate.answers", "at least 0", self.answers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedalt.errors import require, require_one_of
+from fedalt.errors import require, require_count_or_auto, require_one_of
 
 AUTO = "auto"
 
@@ -65,8 +65,7 @@ class TrainConfig:
         require_one_of(("linear", "cosine", "constant"), "train.lr_scheduler", self.lr_scheduler)
         optimizers = ("adamw", "adamw_8bit", "paged_adamw_8bit")
         require_one_of(optimizers, "train.optimizer", self.optimizer)
-        together_ok = self.together == AUTO or (type(self.together) is int and self.together >= 1)
-        require(together_ok, "train.together", f"at least 1, or {AUTO}", self.together)
+        require_count_or_auto("train.together", self.together)
         for name in ("micro_batch", "loss_chunk"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", "at least 1, or null", value)

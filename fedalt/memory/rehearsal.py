@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from fedalt.config import Config, EvaluateConfig, TrainConfig
+from fedalt.config import AUTO, Config, EvaluateConfig, TrainConfig
 from fedalt.errors import InputError
-from fedalt.evaluation import ImageTask, Task, TextTask
+from fedalt.evaluation import ImageTask, Task, Tested, TextTask
 from fedalt.memory.assumed import assume, read_at_hand
 from fedalt.memory.skeleton import give_storage, load_skeleton
 from fedalt.memory.tracker import Kind, Tracker
@@ -123,12 +123,12 @@ class Rehearsal:
         ends with is counted from the prompts'.
         """
         if evaluate not in self._ran:
-            count = min(evaluate.batch_size, self.assumed.test)
-            examples = [self.assumed.test_example] * count
-            records = [self.assumed.test_record] * count
+            size, together = evaluate.batch_size, evaluate.together
+            count = size if together == AUTO else min(size, int(together) * self.assumed.test)
+            tested = Tested([self.assumed.test_example] * count, [self.assumed.test_record] * count)
             task = self._task(replace(self._config, evaluate=evaluate))
             with self._followed(forwards=2) as tracker:
-                task.evaluate(self._model, examples, records)
+                task.evaluate(self._model, [tested])
             self._ran[evaluate] = max(
                 tracker.peak, self._last_token(tracker, evaluate), key=Counter.total
             )

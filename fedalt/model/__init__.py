@@ -11,9 +11,9 @@ from fedalt.model.base import (
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
 from fedalt.model.gguf import gguf_options
-from fedalt.model.grouped import ClientRows, HiddenRows, stack_clients
+from fedalt.model.grouped import ClientRows, HiddenRows, stack_clients, whose
 from fedalt.model.logits import mark_chunkable
-from fedalt.model.stacked import stacked_clients
+from fedalt.model.stacked import clients_in, stacked_clients
 from fedalt.model.states import (
     HEAD,
     INDIVIDUAL,
@@ -61,6 +61,7 @@ __all__ = [
     "bitsandbytes",
     "checkpoint_of",
     "client_tensors",
+    "clients_in",
     "fit_head",
     "fit_tokenizer",
     "fixed_gates",
@@ -88,5 +89,6 @@ __all__ = [
     "stacked_clients",
     "sum_dtype",
     "usable_device",
+    "whose",
     "without_gradient",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class ClientRows:
         if key not in self._made:
             self._made[key] = self._batch.of_rows(*key)
         return self._made[key]
+
+
+def whose(rows: ClientRows | None, clients: Sequence[int]) -> AbstractContextManager[None]:
+    """``rows.of(clients)``, or nothing where a model has one client."""
+    return nullcontext() if rows is None else rows.of(clients)
 
 
 def stack_clients(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> ClientRows:

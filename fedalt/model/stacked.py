@@ -15,19 +15,13 @@ from fedalt_kernels import GroupedMixedLoRALinear, MixedLoRALinear, Segments
 
 
 @contextmanager
-def stacked_clients(
-    model: nn.Module,
-    states: Sequence[Mapping[str, Tensor]],
-    seeds: Sequence[int],
-    recomputes: bool = False,
-) -> Iterator[StackedClients]:
+def clients_in(
+    model: nn.Module, states: Sequence[Mapping[str, Tensor]]
+) -> Iterator[tuple[ClientRows, dict[str, GroupedMixedLoRALinear]]]:
     """`stack_clients` while it lasts, then the model has its own adapters again.
 
-    Args:
-        model: with `MixedLoRALinear` layers.
-        states: of adapters and mixers of one rank, without trained heads.
-        seeds: by client, of the adapters' dropout.
-        recomputes: layers are called once more in the backward, with the same masks.
+    Yields:
+        Whom to tell whose a batch's rows are, and by name the layers that hold the clients.
     """
     names = [name for name, _ in mixed_layers(model)]
     places = [
@@ -38,14 +32,32 @@ def stacked_clients(
     rows = None
     try:
         rows = stack_clients(model, states)
-        layers = {n: cast("GroupedMixedLoRALinear", model.get_submodule(n)) for n in names}
-        yield StackedClients(layers, rows, seeds, recomputes)
+        yield rows, {n: cast("GroupedMixedLoRALinear", model.get_submodule(n)) for n in names}
     finally:
         if rows is not None and rows.hook is not None:
             rows.hook.remove()
         for name, layer in places:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
+
+
+@contextmanager
+def stacked_clients(
+    model: nn.Module,
+    states: Sequence[Mapping[str, Tensor]],
+    seeds: Sequence[int],
+    recomputes: bool = False,
+) -> Iterator[StackedClients]:
+    """`clients_in`, to be trained.
+
+    Args:
+        model: with `MixedLoRALinear` layers.
+        states: of adapters and mixers of one rank, without trained heads.
+        seeds: by client, of the adapters' dropout.
+        recomputes: layers are called once more in the backward, with the same masks.
+    """
+    with clients_in(model, states) as (rows, layers):
+        yield StackedClients(layers, rows, seeds, recomputes)
 
 
 class StackedClients:
