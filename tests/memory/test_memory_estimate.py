@@ -32,6 +32,7 @@ CHANGES = [
     ),
     ("train", {"batch_size": 8, "micro_batch": 2}),
     ("train", {"batch_size": 8, "loss_chunk": 32}),
+    ("train", {"batch_size": 4, "together": 2}),
     ("evaluate", {"batch_size": 16, "max_new_tokens": 24}),
     ("evaluate", {"batch_size": 48, "max_new_tokens": 24}),
 ]
