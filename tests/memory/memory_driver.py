@@ -18,10 +18,8 @@ import torch
 from fedalt.config.settings import load_config
 from fedalt.memory.assumed import assume
 from fedalt.methods.fedalt import get_method
-from fedalt.model.states import adapter_state
 from fedalt.run.stage import load_model
 from fedalt.training.client import train_client
-from fedalt.training.together import Trainee, train_together
 
 
 def main() -> None:
@@ -43,19 +41,15 @@ def peak_of(config, group):
         batch = [assumed.train_example] * count
         if hasattr(batch[0], "prompt"):  # a shorter one, so that there is padding
             batch[0] = replace(batch[0], prompt=batch[0].prompt[:-8])
-        settings, trains = replace(config.train, max_steps=2), get_method(config.method).trains
-        if settings.together > 1:
-            train_together(
-                model,
-                [Trainee(adapter_state(model), batch, 0)] * settings.together,
-                settings,
-                task.losses,
-                trains=trains,
-                length=task.length,
-                count=task.count,
-            )
-        else:
-            train_client(model, batch, settings, task.loss, trains=trains, seed=0, count=task.count)
+        train_client(
+            model,
+            batch,
+            replace(config.train, max_steps=2),
+            task.loss,
+            trains=get_method(config.method).trains,
+            seed=0,
+            count=task.count,
+        )
 
     def evaluate(count):
         task.evaluate(model, [assumed.test_example] * count, [assumed.test_record] * count)
