@@ -13,6 +13,17 @@ SPREAD = 1.25
 """How many times as long as the shortest mean record of a group its longest may be."""
 
 
+def most_together(wanted: int | str, tokens: float, device: str) -> int:
+    """How many clients go together at most, of so many tokens a batch on a kind of device.
+
+    Args:
+        wanted: ``train.together``.
+    """
+    if wanted == AUTO:
+        return max(1, int(TOKENS.get(device, TOKENS[""]) / tokens))
+    return int(wanted)
+
+
 class Groups:
     """Clients that go together: of like records, alike in rank and in what they train.
 
@@ -23,8 +34,7 @@ class Groups:
     def __init__(self, stage: Stage, most: int | None = None) -> None:
         config, self._stage, self.most = stage.config, stage, most
         self._wanted = 1 if config.trains_alone else config.train.together
-        device = next(stage.model.parameters()).device.type
-        self._tokens = TOKENS.get(device, TOKENS[""])
+        self._device = next(stage.model.parameters()).device.type
         self._lengths: dict[str, float] = {}
 
     def of(self, cast: Sequence[Member]) -> list[list[Member]]:
@@ -48,13 +58,8 @@ class Groups:
         """How many of the first go together."""
         lengths = [self._length(member) for member in members]
         like = sum(length <= SPREAD * lengths[0] for length in lengths)
-        most = self.most or like
-        if self._wanted == AUTO:
-            batch = self._stage.config.train.batch_size
-            most = min(most, int(self._tokens / (batch * lengths[like - 1])))
-        else:
-            most = min(most, int(self._wanted))
-        most = max(most, 1)
+        tokens = self._stage.config.train.batch_size * lengths[like - 1]
+        most = min(most_together(self._wanted, tokens, self._device), self.most or like, like)
         return -(-like // -(-like // most))
 
     def _length(self, member: Member) -> float:
