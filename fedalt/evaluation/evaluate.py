@@ -21,7 +21,7 @@ from fedalt.training import token_losses
 
 
 @dataclass(frozen=True)
-class Tested:
+class Examined:
     """A client's test records.
 
     Attributes:
@@ -47,7 +47,7 @@ def evaluate_text(
     """Score ``model``, which holds a client's adapters, on the client's test examples.
 
     Args:
-        examples, records, kept: as in ``Tested``.
+        examples, records, kept: as in ``Examined``.
         meter: watches the loss's pass over the examples.
 
     Returns:
@@ -55,7 +55,7 @@ def evaluate_text(
         where every record has options also ``accuracy`` (of the option that the generated answer
         names), ``choice`` and ``choice_norm`` (by likelihood), in percent.
     """
-    (scores,) = evaluate_texts(model, tokenizer, [Tested(examples, records, kept)], config, meter)
+    (scores,) = evaluate_texts(model, tokenizer, [Examined(examples, records, kept)], config, meter)
     return scores
 
 
@@ -63,7 +63,7 @@ def evaluate_text(
 def evaluate_texts(
     model: nn.Module,
     tokenizer: Any,
-    clients: Sequence[Tested],
+    clients: Sequence[Examined],
     config: EvaluateConfig,
     meter: GateMeter | None = None,
     rows: ClientRows | None = None,
@@ -115,7 +115,7 @@ def evaluate_texts(
     return scored
 
 
-def _scores(client: Tested, answers: Sequence[str], nats: float) -> dict[str, float]:
+def _scores(client: Examined, answers: Sequence[str], nats: float) -> dict[str, float]:
     """Of a client's answers; ``nats`` is the loss summed over its tokens."""
     records, each = client.records, list[float]()
     scores = text_scores(answers, [record.output for record in records], each)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedalt.config import Config
 from fedalt.data import Example, ImageExample, collate, encode, pack, pixels
 from fedalt.errors import InputError
-from fedalt.evaluation.evaluate import Tested, evaluate_images, evaluate_texts
+from fedalt.evaluation.evaluate import Examined, evaluate_images, evaluate_texts
 from fedalt.model import ClientRows, GateMeter
 from fedalt.training import answer_loss, class_loss, token_losses
 
@@ -52,7 +52,7 @@ class Task(Protocol):
     def evaluate(
         self,
         model: nn.Module,
-        clients: Sequence[Tested],
+        clients: Sequence[Examined],
         meter: GateMeter | None = None,
         rows: ClientRows | None = None,
     ) -> list[dict[str, float]]:
@@ -99,7 +99,7 @@ class TextTask:
     def evaluate(
         self,
         model: nn.Module,
-        clients: Sequence[Tested],
+        clients: Sequence[Examined],
         meter: GateMeter | None = None,
         rows: ClientRows | None = None,
     ) -> list[dict[str, float]]:
@@ -143,7 +143,7 @@ class ImageTask:
     def evaluate(
         self,
         model: nn.Module,
-        clients: Sequence[Tested],
+        clients: Sequence[Examined],
         meter: GateMeter | None = None,
         rows: ClientRows | None = None,
     ) -> list[dict[str, float]]:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 
 from fedalt.config import AUTO, Config, EvaluateConfig, TrainConfig
 from fedalt.errors import InputError
-from fedalt.evaluation import ImageTask, Task, Tested, TextTask
+from fedalt.evaluation import Examined, ImageTask, Task, TextTask
 from fedalt.memory.assumed import assume, read_at_hand
 from fedalt.memory.skeleton import give_storage, load_skeleton
 from fedalt.memory.tracker import Kind, Tracker
@@ -161,7 +161,9 @@ class Rehearsal:
         if evaluate not in self._ran:
             size, together = evaluate.batch_size, evaluate.together
             count = size if together == AUTO else min(size, int(together) * self.assumed.test)
-            tested = Tested([self.assumed.test_example] * count, [self.assumed.test_record] * count)
+            tested = Examined(
+                [self.assumed.test_example] * count, [self.assumed.test_record] * count
+            )
             task = self._task(replace(self._config, evaluate=evaluate))
             with self._followed(forwards=2) as tracker:
                 task.evaluate(self._model, [tested])

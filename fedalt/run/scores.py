@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedalt.config import AUTO
-from fedalt.evaluation import Answers, Tested
+from fedalt.evaluation import Answers, Examined
 from fedalt.model import (
     GateMeter,
     HiddenRows,
@@ -139,6 +139,6 @@ def _scored_together(
     return [Scored(*each) for each in zip(scores, kept, gates, alone, strict=True)]
 
 
-def _tested(stage: Stage, member: Member, kept: Answers | None) -> Tested:
+def _tested(stage: Stage, member: Member, kept: Answers | None) -> Examined:
     examples = stage.examples(member)
-    return Tested(examples.test, examples.test_records, kept)
+    return Examined(examples.test, examples.test_records, kept)
