@@ -11,8 +11,9 @@ from fedalt.model.base import (
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
 from fedalt.model.gguf import gguf_options
-from fedalt.model.grouped import ClientRows, stack_clients
+from fedalt.model.grouped import ClientRows, HiddenRows, stack_clients, whose
 from fedalt.model.logits import mark_chunkable
+from fedalt.model.stacked import clients_in, stacked_clients
 from fedalt.model.states import (
     HEAD,
     INDIVIDUAL,
@@ -51,6 +52,7 @@ __all__ = [
     "BaseWeights",
     "ClientRows",
     "GateMeter",
+    "HiddenRows",
     "State",
     "adapter_alone",
     "adapter_state",
@@ -59,6 +61,7 @@ __all__ = [
     "bitsandbytes",
     "checkpoint_of",
     "client_tensors",
+    "clients_in",
     "fit_head",
     "fit_tokenizer",
     "fixed_gates",
@@ -83,7 +86,9 @@ __all__ = [
     "select",
     "set_trainable",
     "stack_clients",
+    "stacked_clients",
     "sum_dtype",
     "usable_device",
+    "whose",
     "without_gradient",
 ]

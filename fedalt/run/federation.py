@@ -14,6 +14,7 @@ from fedalt.config import Config
 from fedalt.errors import RunFailed
 from fedalt.methods import get_method
 from fedalt.report import count
+from fedalt.run.groups import Groups
 from fedalt.run.join import fit_in
 from fedalt.run.ledger import Ledger
 from fedalt.run.reporter import Reporter
@@ -94,6 +95,7 @@ class Federation:
         done = saved.round if saved else -1
         micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
         kept = saved.record["metrics_bytes"] if saved else 0
+        groups = Groups(stage, saved.record.get("together") if saved else None)
         ledger = Ledger(config, stage.known, saved.record.get("spent", {}) if saved else {})
         with (
             Journal(out, kept) as journal,
@@ -111,7 +113,9 @@ class Federation:
                 if saved is None:
                     sent = begin(stage, draft)
                 else:
-                    play = Play(stage, number, saved, draft, journal, progress, micro_batch, ledger)
+                    play = Play(
+                        stage, number, saved, draft, journal, progress, micro_batch, groups, ledger
+                    )
                     sent, micro_batch = play.run(), play.micro_batch
                 last = number == config.rounds or ledger.closed()
                 if number % config.evaluate.every == 0 or last:
@@ -119,6 +123,7 @@ class Federation:
                     stage.cuts.tell()
                 journal.sync()
                 record = record_of(stage, journal, sent, micro_batch, ledger)
+                record["together"] = groups.most
                 started = time.perf_counter()
                 saved = draft.commit(record, keep=config.save_total_limit)
                 journal.time(number, "save", "", time.perf_counter() - started)
