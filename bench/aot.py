@@ -37,7 +37,7 @@ from fedalt_kernels.triton import tiles
 from fedalt_kernels.triton.hopper import planning
 
 from .measure import markdown
-from .setups import run_schedules, setups
+from .setups import run_clients, run_schedules, setups
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def launches(target: str, dtype: torch.dtype) -> list[Launch]:
     with _recording(target, found):
         for setup in setups(target, dtype):
             run_schedules(dtype, setup)
+        run_clients(dtype)
     return list(found.values())
 
 

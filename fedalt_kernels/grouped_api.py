@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .api import mixed_lora_linear
-from .checks import check_seed, check_tensors
+from .checks import IMPLEMENTATIONS, check_seed, check_tensors
 from .choice import plain
 from .dropout import SEED_LIMIT
 from .grouped_autograd import GroupedCall, GroupedMixedLoRA
@@ -15,8 +15,6 @@ from .kinds import find
 from .quantized import QuantizedWeight
 from .reference import grouped_reference
 from .segments import Segments
-
-IMPLEMENTATIONS = ("auto", "torch", "reference")
 
 
 def mixed_lora_linear_grouped(
@@ -38,8 +36,7 @@ def mixed_lora_linear_grouped(
 
         y_m = W x_m + b + s Σ_e g_e B_ce A_ce dropout(x_m),    g = softmax(mixer_c x_m)
 
-    The base product is one over all rows, and clients' segments are not padded to each other.  On
-    a GPU all products are PyTorch's own; the Triton kernels serve one client, and so C = 1.
+    The base product is one over all rows, and clients' segments are not padded to each other.
 
     Args:
         x: [..., K], M rows; the dtypes are those of `mixed_lora_linear`, also under autocast.
@@ -55,7 +52,8 @@ def mixed_lora_linear_grouped(
         seeds: C of the dropout masks, in [0, 2**63): an int64 tensor or ints.  A client's mask is a
             function of its seed and the order of its own rows: the one it has alone.  None draws
             them.
-        impl: "torch", "reference" (a loop over clients), or "auto": "torch".
+        impl: "torch", "triton" (kernels that no GPU has run yet), "reference" (a loop over clients)
+            or "auto": "torch", and for one client what `mixed_lora_linear` takes.
 
     Returns:
         [..., N] in x's dtype.  Gradients come in the stacked shapes, zero for a client without
@@ -65,6 +63,7 @@ def mixed_lora_linear_grouped(
     Raises:
         TypeError: an argument is of another kind.
         ValueError: a shape, dtype, device or value does not fit.
+        RuntimeError: ``impl`` cannot run here.
     """
     check_tensors(x, weight, bias)
     if impl not in IMPLEMENTATIONS:

@@ -24,12 +24,16 @@ _BACKWARD = (
     f"(Tensor dy, Tensor x, Tensor? weight, Tensor low, Tensor gates, {BRANCHES}, {_SEGMENTS}, "
     f"bool[] needs, {PACKED}) -> Tensor[]"
 )
-_NAMES = {"torch": "grouped"}
+_NAMES = {"torch": "grouped", "triton": "grouped_fused"}
 
 
 def module(impl: str) -> Any:
-    """The implementation of "torch"."""
-    return grouped
+    """The implementation of "torch" or "triton"."""
+    if impl == "torch":
+        return grouped
+    from . import grouped_fused  # only here, since it needs Triton
+
+    return grouped_fused
 
 
 def _parted(x: Tensor, rest: Sequence[Any]) -> tuple[Branches, Segments, Sequence[Any]]:

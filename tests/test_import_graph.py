@@ -82,7 +82,27 @@ KERNELS = {
         "reference",
     },
     "grouped": {"adapter", "merged", "quantized", "segments"},
-    "grouped_operators": {"adapter", "grouped", "operators", "quantized", "segments"},
+    "grouped_fused": {
+        "adapter",
+        "fused",
+        "fused_forward",
+        "grouped",
+        "plans",
+        "quantized",
+        "segments",
+        "weights",
+        "triton.clients",
+        "triton.grouped",
+        "triton.tiles",
+    },
+    "grouped_operators": {
+        "adapter",
+        "grouped",
+        "grouped_fused",
+        "operators",
+        "quantized",
+        "segments",
+    },
     "grouped_autograd": {
         "adapter",
         "autograd",
@@ -106,7 +126,7 @@ KERNELS = {
     "sharing": {"adapter", "choice", "dispatch", "dropout", "fused", "plans"},
     "base": {"checks", "quantized"},
     "layer": {"adapter", "api", "base", "checks", "quantized", "sharing"},
-    "grouped_layer": {"adapter", "base", "grouped_api", "layer", "segments"},
+    "grouped_layer": {"adapter", "base", "checks", "grouped_api", "layer", "segments"},
 }
 # Of Hopper's own kernels, beside the shared parts that their plans and packing use.
 HOPPER = {
@@ -196,7 +216,17 @@ def test_what_is_checked_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("module", [m for m in house.GRAPH if m.startswith("fedalt_kernels")])
 def test_kernels_follow_their_arrows(module: str) -> None:
     short = module.partition(".")[2]
-    shared = ("launch", "pack", "primitives", "quantized", "signals", "strips", "sums", "tiles")
+    shared = (
+        "clients",
+        "launch",
+        "pack",
+        "primitives",
+        "quantized",
+        "signals",
+        "strips",
+        "sums",
+        "tiles",
+    )
     if short.startswith("triton.hopper"):
         mine = short.removeprefix("triton.hopper").lstrip(".")
         allowed = {f"triton.hopper.{name}" for name in HOPPER[mine]} | {"triton.hopper"}

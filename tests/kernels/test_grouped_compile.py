@@ -13,7 +13,7 @@ from .cases import SCALING, Case
 from .test_grouped import many
 
 CLIENTS = [1, 2, 1, 1, 0, 2, 1]
-IMPLEMENTATIONS = {"torch": "grouped"}
+IMPLEMENTATIONS = {"torch": "grouped", "triton": "grouped_fused"}
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS.values())

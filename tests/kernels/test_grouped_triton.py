@@ -1,0 +1,106 @@
+"""The Triton kernels for many clients against a loop of the float64 specification over clients."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from fedalt_kernels import grouped_fused
+from fedalt_kernels.triton import clients as tables
+
+from .cases import Case
+from .test_grouped import check, grouped, many, results, rows_of
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+fused = partial(grouped, impl="triton")
+# Blocks have 32 rows in the interpreter: a client has none, one, a whole and several of them.
+UNEVEN = (3, 0, 32, 40, 1)
+ALIGNED = Case(n=72, k=80, ranks=(3, 5), frozen=(1,), param_dtype=torch.float32)
+ODD = Case(n=73, k=83, ranks=(3, 5, 2), frozen=(0,), bias=False, param_dtype=torch.float32)
+CASES = {
+    "aligned": (ALIGNED, UNEVEN),
+    "odd": (ODD, UNEVEN),
+    "one client": (ALIGNED, (40,)),
+    "sixteen clients": (replace(ALIGNED, n=40, k=33), (0, 5, 40, *range(1, 14))),
+    "transposed": (replace(ALIGNED, transposed=True, gate="none"), (33, 40)),
+    "fixed gates": (replace(ODD, gate="fixed"), (33, 40)),
+    "two blocks of ranks": (replace(ALIGNED, n=40, k=33, ranks=(130, 20), frozen=()), (40, 33)),
+    "eight adapters": (replace(ALIGNED, n=40, k=33, ranks=(1, 2) * 4, frozen=(0, 3)), (40, 33)),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TURNS = [
+    pytest.param(
+        replace(case, dtype=DTYPES[(number + half) % 3], dropout=0.3 * half),
+        sizes,
+        id=f"{name}, {DTYPES[(number + half) % 3]}, dropout {0.3 * half}",
+    )
+    for number, (name, (case, sizes)) in enumerate(CASES.items())
+    for half in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("case", "sizes"), TURNS)
+def test_error_budget(case: Case, sizes: tuple[int, ...]) -> None:
+    check(case, sizes, shuffled=len(sizes) != 2, function=fused, draws=2)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 32, 70, 1), (64,), (0, 0), (32, 32), (0, 1, 0)])
+def test_the_table_says_whose_every_block_is(sizes: tuple[int, ...]) -> None:
+    blocks, starts = tables.table(sizes, 32, torch.device("cpu"))
+    assert starts.tolist() == [sum(sizes[:c]) for c in range(len(sizes) + 1)]
+    assert len(blocks) == tables.blocks_at_most(sum(sizes), len(sizes), 32)
+    seen = [
+        (client, row)
+        for client, place in blocks.tolist()
+        for row in range(place * 32, min(sizes[client], place * 32 + 32))
+    ]
+    assert seen == [(client, row) for client, size in enumerate(sizes) for row in range(size)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_runs_repeat_bit_for_bit(dropout: float) -> None:
+    clients = rows_of(UNEVEN, shuffled=True)
+    inputs = many(replace(ALIGNED, m=len(clients), dtype=torch.bfloat16), len(UNEVEN))
+    first, second = (results(inputs, fused(inputs, clients, dropout)) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_client_is_bit_for_bit_what_it_is_beside_others() -> None:
+    clients = rows_of((33, 40, 0), shuffled=False)
+    inputs = many(replace(ALIGNED, m=73, dtype=torch.float32), 3)
+    base = replace(inputs, weight=torch.zeros_like(inputs.weight))
+    together = fused(base, clients, 0.3)
+    alone = fused(replace(base, x=inputs.x[33:]), [1] * 40, 0.3)
+    assert torch.equal(together[33:], alone)
+
+
+def factors_of_the_next_client(patch: pytest.MonkeyPatch) -> None:
+    made = tables.stack
+
+    def rolled(*of: object) -> tables.Stack:
+        return tables.Stack(*(each.roll(1, 0) for each in made(*of)))
+
+    patch.setattr(grouped_fused, "stack", rolled)
+
+
+def clients_that_begin_early(patch: pytest.MonkeyPatch) -> None:
+    made = tables.table
+
+    def early(*of: object) -> tables.Table:
+        table = made(*of)
+        table.starts[1:-1] -= 1
+        return table
+
+    patch.setattr(grouped_fused, "table", early)
+
+
+@pytest.mark.parametrize("fault", [factors_of_the_next_client, clients_that_begin_early])
+def test_budget_refuses_faults(
+    fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(replace(ALIGNED, dtype=torch.float32), (33, 20, 7), False, fused, draws=2)
