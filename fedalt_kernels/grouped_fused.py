@@ -4,7 +4,8 @@ Symbols and equations as in `autograd.py`; R = Σ r_e, padded to RANKS.  The row
 client, and a table on the device says whose each block of rows is, so one launch serves all
 clients, its grid is the same for whatever share of the rows each has, and nothing waits for the
 device.  Forward: `projecting_clients` makes P, S and the gates, `expanding_clients` adds S Bᵀ to
-the base product.  No GPU has run these kernels yet: they serve who asks for them.
+the base product.  Of up to 64 rows without dropout `decoding_clients` makes all beside the base, in
+any order.  No GPU has run these kernels yet: they serve who asks for them.
 """
 
 from collections.abc import Callable, Hashable
@@ -22,7 +23,8 @@ from .quantized import QuantizedWeight
 from .segments import Segments
 from .triton.clients import stack, table
 from .triton.grouped import expanding_clients, projecting_clients
-from .triton.tiles import Ranks, side_by_side, tile_through_pointers
+from .triton.grouped_decode import decoding_clients
+from .triton.tiles import DECODE_ROWS, Ranks, side_by_side, tile_through_pointers
 from .weights import matrix
 
 _forwards: Plans[Callable[..., Any]] = Plans()
@@ -36,13 +38,31 @@ def forward(
     segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `grouped.forward`."""
-    rows = segments.sort(x)
+    few = x.shape[0] <= DECODE_ROWS and not branches.threshold
+    rows = x if few else segments.sort(x)
+    make = _plan_decode if few else _plan_forward
     key = rows_kind(rows), base_kind(weight), _beside(branches), bias is None
     plan = _forwards.get(key) or _forwards.made(
-        key, lambda: _plan_forward(rows, weight.shape[0], bias is not None, branches)
+        key, lambda: make(rows, weight.shape[0], bias is not None, branches)
     )
     y, low, gates = launched(rows, plan, rows, weight, bias, branches, segments)
-    return segments.restore(y), low, gates
+    return y if few else segments.restore(y), low, gates
+
+
+def _plan_decode(
+    x: Tensor, outputs: int, bias: bool, branches: Branches
+) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    ranks, weights = _ranks(branches, x.dtype), fixed_weights(branches)
+    decode = decoding_clients(x, outputs, bias, branches, weights, ranks)
+
+    def run(
+        x: Tensor, weight: Any, bias: Tensor | None, branches: Branches, segments: Segments
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y = near(x) @ matrix(weight, x.dtype).t()  # [M, K] [K, N]
+        owners = segments.owners(x.device)
+        return y, *decode(x, y, tidy(bias), branches, owners, segments.inverse)
+
+    return run
 
 
 def _plan_forward(

@@ -93,6 +93,7 @@ KERNELS = {
         "weights",
         "triton.clients",
         "triton.grouped",
+        "triton.grouped_decode",
         "triton.tiles",
     },
     "grouped_operators": {

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from fedalt_kernels import grouped_fused
+from fedalt_kernels import Segments, grouped_fused
 from fedalt_kernels.triton import clients as tables
 
 from .cases import Case
@@ -23,7 +23,7 @@ ODD = Case(n=73, k=83, ranks=(3, 5, 2), frozen=(0,), bias=False, param_dtype=tor
 CASES = {
     "aligned": (ALIGNED, UNEVEN),
     "odd": (ODD, UNEVEN),
-    "one client": (ALIGNED, (40,)),
+    "one client": (ALIGNED, (70,)),
     "sixteen clients": (replace(ALIGNED, n=40, k=33), (0, 5, 40, *range(1, 14))),
     "transposed": (replace(ALIGNED, transposed=True, gate="none"), (33, 40)),
     "fixed gates": (replace(ODD, gate="fixed"), (33, 40)),
@@ -31,18 +31,29 @@ CASES = {
     "eight adapters": (replace(ALIGNED, n=40, k=33, ranks=(1, 2) * 4, frozen=(0, 3)), (40, 33)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TURNS = [
-    pytest.param(
-        replace(case, dtype=DTYPES[(number + half) % 3], dropout=0.3 * half),
-        sizes,
-        id=f"{name}, {DTYPES[(number + half) % 3]}, dropout {0.3 * half}",
-    )
-    for number, (name, (case, sizes)) in enumerate(CASES.items())
-    for half in (0, 1)
-]
+FEW = {
+    "aligned": (ALIGNED, (3, 0, 7, 1)),
+    "odd": (replace(ODD, k=1100), (3, 0, 2, 1)),
+    "in order": (replace(ALIGNED, gate="fixed"), (4, 5)),
+    "one adapter, sixteen clients": (replace(ODD, ranks=(20,), frozen=(), gate="none"), (1,) * 16),
+    "wide ranks": (replace(ALIGNED, n=40, ranks=(130, 20), frozen=()), (2, 1)),
+}
 
 
-@pytest.mark.parametrize(("case", "sizes"), TURNS)
+def turns(
+    cases: dict[str, tuple[Case, tuple[int, ...]]], dropouts: tuple[float, ...]
+) -> list[object]:
+    """Every case with every dropout, the dtypes taking turns."""
+    found = []
+    for number, (name, (case, sizes)) in enumerate(cases.items()):
+        for half, dropout in enumerate(dropouts):
+            dtype = DTYPES[(number + half) % 3]
+            full = replace(case, dtype=dtype, dropout=dropout)
+            found.append(pytest.param(full, sizes, id=f"{name}, {dtype}, dropout {dropout}"))
+    return found
+
+
+@pytest.mark.parametrize(("case", "sizes"), turns(CASES, (0.0, 0.3)) + turns(FEW, (0.0,)))
 def test_error_budget(case: Case, sizes: tuple[int, ...]) -> None:
     check(case, sizes, shuffled=len(sizes) != 2, function=fused, draws=2)
 
@@ -97,10 +108,24 @@ def clients_that_begin_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(grouped_fused, "table", early)
 
 
-@pytest.mark.parametrize("fault", [factors_of_the_next_client, clients_that_begin_early])
+def owners_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    owners = Segments.owners
+    patch.setattr(Segments, "owners", lambda *of: owners(*of).roll(1))
+
+
+FAULTS = [
+    (factors_of_the_next_client, (33, 40, 7)),
+    (clients_that_begin_early, (33, 40, 7)),
+    (owners_in_another_order, (3, 4, 2)),
+]
+
+
+@pytest.mark.parametrize(("fault", "sizes"), FAULTS)
 def test_budget_refuses_faults(
-    fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[pytest.MonkeyPatch], None],
+    sizes: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        check(replace(ALIGNED, dtype=torch.float32), (33, 20, 7), False, fused, draws=2)
+        check(replace(ALIGNED, dtype=torch.float32), sizes, False, fused, draws=2)
