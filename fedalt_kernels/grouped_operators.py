@@ -9,7 +9,7 @@ from torch import Tensor, library
 
 from . import grouped
 from .adapter import Branches
-from .operators import BRANCHES, COUNT, PACKED, base_of, split
+from .operators import BRANCHES, COUNT, PACKED, apart, base_of, split
 from .quantized import QuantizedWeight
 from .segments import Segments
 
@@ -57,7 +57,8 @@ def _run_backward(
     branches, segments, (needs, *packed) = _parted(x, rest)
     held = None if branches.mixer is None else gates
     base = base_of(weight, packed)
-    return module(impl).backward(dy, x, base, low, held, branches, segments, needs)
+    grads = module(impl).backward(dy, x, base, low, held, branches, segments, needs)
+    return apart(grads, needs)
 
 
 def _fake_forward(

@@ -60,7 +60,11 @@ def _run_backward(
     mixed, needs, *packed = Branches(*rest[:COUNT]), *rest[COUNT:]
     held = None if mixed.mixer is None else gates
     grads = module(impl).backward(dy, x, base_of(weight, packed), low, held, mixed, needs)
-    # An operator's outputs must not share storage; gradients cut from one product do.
+    return apart(grads, needs)
+
+
+def apart(grads: list[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """An operator's outputs must not share storage; gradients cut from one product do."""
     return [
         grad if i == 0 and needs[0] else grad.clone(memory_format=torch.contiguous_format)
         for i, grad in enumerate(grads)
