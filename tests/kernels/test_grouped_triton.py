@@ -75,12 +75,14 @@ def test_runs_repeat_bit_for_bit(sizes: tuple[int, ...], dropout: float) -> None
 
 
 def test_a_client_is_bit_for_bit_what_it_is_beside_others() -> None:
-    clients = rows_of((33, 40, 0), shuffled=False)
-    inputs = many(replace(ALIGNED, m=73, dtype=torch.float32), 3)
-    base = replace(inputs, weight=torch.zeros_like(inputs.weight))
-    together = fused(base, clients, 0.3)
-    alone = fused(replace(base, x=inputs.x[33:]), [1] * 40, 0.3)
-    assert torch.equal(together[33:], alone)
+    inputs = many(replace(HALF, m=73, dtype=torch.float32), 3)
+    both = replace(inputs, weight=torch.zeros_like(inputs.weight))
+    one = replace(both, x=inputs.x.detach()[33:].requires_grad_(), dy=inputs.dy[33:])
+    together = results(both, fused(both, rows_of((33, 40, 0), shuffled=False), 0.3))
+    alone = results(one, fused(one, [1] * 40, 0.3))
+    for name, value in together.items():
+        of_rows = name in ("y", "dx")
+        assert torch.equal(value[33:] if of_rows else value[1], alone[name][() if of_rows else 1])
 
 
 @pytest.mark.parametrize("rows", [7, 70])
