@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: run test test-newest test-flower lint bench bench-memory proof bench-gpu clean
+.PHONY: run test test-newest test-triton test-flower lint bench bench-memory proof bench-gpu clean
 
 run: $(READY)
 	@echo "== fedalt run: the built-in sample, eight clients, about two minutes on two cores"
@@ -28,6 +28,18 @@ else
 	.venv-newest/bin/python -W error -m compileall -q -f fedalt fedalt_kernels bench tests scripts examples
 	.venv-newest/bin/python scripts/newest.py
 endif
+
+# The older of the two Triton releases that are supported, laid before the pinned one.
+OLDER := .venv-triton/3.6.0
+
+test-triton: $(READY) $(OLDER)
+	@echo "== Triton 3.6.0: Hopper's kernels compiled without a spill, and launched directly"
+	PYTHONPATH=$(OLDER) $(BIN)/python -m bench compile --target sm_90 --dtype bf16 > $(OLDER)/compiled.md
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDER) $(BIN)/python -m pytest tests/kernels/test_launch.py -q
+
+$(OLDER): Makefile
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==$(notdir $@)
+	@touch $@
 
 # Flower's pins fight those of requirements.txt, so it has a lock and an environment of its own.
 FLOWER := .venv-flower/bin
@@ -60,7 +72,7 @@ bench-gpu:
 	$(PYTHON) -m bench gpu
 
 clean:
-	rm -rf .venv .venv-newest .venv-flower build *.egg-info
+	rm -rf .venv .venv-newest .venv-triton .venv-flower build *.egg-info
 
 $(READY): requirements.txt setup.py
 	@echo "== set-up: a virtual environment in .venv (once; about two minutes)"

@@ -300,6 +300,6 @@ def main(targets: Sequence[str] = tuple(TARGETS), dtypes: Sequence[str] = NAMES)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for made in pool.map(compile_all, *zip(*pairs, strict=True)):
             results += made
-            print(f"{len(results)} compiled", file=sys.stderr)
+            print(f"{len(results)} compiled by Triton {triton.__version__}", file=sys.stderr)
     print(markdown(HEADER, [each.row() for each in results]))
     return int(any(each.fault for each in results))

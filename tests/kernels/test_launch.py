@@ -68,7 +68,7 @@ for dropout in (0.0, 0.25):
     for n in (64, 65):  # through descriptors, and through pointers alone
         made = layer(dropout, n)
         first, second, third = (step(made, x) for _ in range(3))
-        assert len(first) == len(second) > 3
+        assert len(first) == len(second) >= 3  # Hopper's kernels are no more, where they serve
         assert settled(first) == settled(second) == settled(third)
         assert not any(are_direct(first))
         assert all(are_direct(second + third))
