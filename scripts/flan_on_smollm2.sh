@@ -18,7 +18,7 @@ done
 resume=
 [ -d "$out/runs" ] && resume=--resume
 exec "${PYTHON:-python}" -m fedalt compare --data "$out/data" --out "$out/runs" $resume \
-  --methods "$methods" --seeds "$seeds" --jobs 1 -c "model.path=$base" -c model.dtype=bfloat16 \
+  --methods "$methods" --seeds "$seeds" --jobs "${JOBS:-1}" -c "model.path=$base" -c model.dtype=bfloat16 \
   -c threads=1 -c rounds=3 -c train.max_steps=10 -c train.batch_size=4 -c train.learning_rate=1e-3 \
   -c lora.alpha=16 -c evaluate.every=3 -c evaluate.max_new_tokens=16 -c evaluate.parts=false \
   -c evaluate.batch_size=20
