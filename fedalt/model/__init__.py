@@ -13,6 +13,7 @@ from fedalt.model.gates import GateMeter
 from fedalt.model.gguf import gguf_options
 from fedalt.model.grouped import ClientRows, stack_clients
 from fedalt.model.logits import mark_chunkable
+from fedalt.model.records import RowsHidden, keeps_rows_apart, own_adapters
 from fedalt.model.states import (
     HEAD,
     INDIVIDUAL,
@@ -51,6 +52,7 @@ __all__ = [
     "BaseWeights",
     "ClientRows",
     "GateMeter",
+    "RowsHidden",
     "State",
     "adapter_alone",
     "adapter_state",
@@ -69,6 +71,7 @@ __all__ = [
     "individual_state",
     "inject",
     "is_part",
+    "keeps_rows_apart",
     "kind_of",
     "load_adapter_state",
     "load_base",
@@ -78,6 +81,7 @@ __all__ = [
     "mark_chunkable",
     "mixed_layers",
     "output_head",
+    "own_adapters",
     "part_of",
     "renamed",
     "select",

@@ -46,9 +46,7 @@ def largest_gradient(
         # Out of the except clause the error is gone, and with it the frames that hold tensors.
         size = (ran + 1) // 2
         model.zero_grad(set_to_none=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(model)
         _set_random_state(device, before)
 
 
@@ -72,6 +70,13 @@ def accumulate(
         share.backward()
         shares.append(share.detach())
     return torch.stack(shares).sum()
+
+
+def free_memory(model: nn.Module) -> None:
+    """Give back what nothing holds any more, on the model's device too."""
+    gc.collect()
+    if next(model.parameters()).device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:
