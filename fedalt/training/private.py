@@ -8,6 +8,7 @@ A record is in a step's batch with probability ``q = B / N``, whatever the other
 from __future__ import annotations
 
 import importlib.util
+import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -159,7 +160,14 @@ def epsilon_after(steps: int, rate: float, noise: float, delta: float) -> float:
     accountant = rdp.RdpAccountant()
     gaussian = dp_accounting.GaussianDpEvent(noise)
     event = gaussian if rate == 1 else dp_accounting.PoissonSampledDpEvent(rate, gaussian)
-    accountant.compose(event, steps)
+    # Of fractional orders that it gives up it warns; without one of them epsilon is no lower.
+    noisy = logging.getLogger("absl")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        accountant.compose(event, steps)
+    finally:
+        noisy.setLevel(level)
     return float(accountant.get_epsilon(delta))
 
 

@@ -177,6 +177,13 @@ def test_epsilon_of_the_plain_gaussian_is_within_its_closed_bound():
     assert epsilon_after(40, 1.0, noise, delta) > got
 
 
+@ACCOUNTANT
+def test_orders_that_the_package_gives_up_are_not_told(capfd, caplog):
+    assert 10 < epsilon_after(80, 0.2, 1.0, 1e-3) < 11
+    assert not capfd.readouterr().err
+    assert not caplog.records
+
+
 def test_the_rate_is_that_of_the_records():
     assert sampling_rate(100, 16) == 0.16
     assert sampling_rate(10, 16) == 1.0
