@@ -84,6 +84,8 @@ setup(
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "gguf": ["gguf>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.20"],
+        "mlflow": ["mlflow-skinny>=3.1", "sqlalchemy>=2.0", "alembic>=1.13"],
         "flower": ["flwr>=1.42,<1.43"],
         "privacy": ["dp-accounting>=0.6"],
         "trainer": ["accelerate>=1.1", "trl>=1.10", "datasets>=4.0,<6"],

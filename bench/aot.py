@@ -37,7 +37,7 @@ from fedalt_kernels.triton import tiles
 from fedalt_kernels.triton.hopper import planning
 
 from .measure import markdown
-from .setups import run_schedules, setups
+from .setups import run_clients, run_schedules, setups
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, "v_mfma"),
 }
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+NAMING = ("x", "dy", "left", "source", "packed", "side", "words", "y")  # whose dtype is told
 NAMES = tuple(DTYPES.values())
 POINTED = {
     **DTYPES,
@@ -125,6 +126,7 @@ def launches(target: str, dtype: torch.dtype) -> list[Launch]:
     with _recording(target, found):
         for setup in setups(target, dtype):
             run_schedules(dtype, setup)
+        run_clients(dtype)
     return list(found.values())
 
 
@@ -177,7 +179,7 @@ def _described(kernel: JITFunction, given: dict[str, Any]) -> Launch:
         flags += [POINTED[given["weight"].dtype], *map(str, given["BLOCKS"])]
     elif "target" in given:
         flags += ["to", POINTED[given["target"].dtype], *map(str, given.get("BLOCKS", ()))]
-    named = (given.get(name) for name in ("x", "dy", "left", "source", "packed", "side", "words"))
+    named = (given.get(name) for name in NAMING)
     first = next(value for value in named if value is not None)
     dtype = POINTED[first.dtype if isinstance(first, Tensor) else first.base.dtype]
     if "S" in given:

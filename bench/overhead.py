@@ -21,6 +21,7 @@ from typing import NamedTuple
 from fedalt.config.schema import Config
 from fedalt.config.settings import load_config
 from fedalt.errors import InputError, RunFailed
+from fedalt.evaluation import Examined
 from fedalt.model.states import load_adapter_state
 from fedalt.report.tables import table
 from fedalt.run import federation as federation
@@ -78,7 +79,7 @@ def bare(stage: Stage, number: int) -> Seconds:
             seed=derive_seed(stage.config.seed, number, member.id),
         )
         if number % stage.config.evaluate.every == 0:
-            stage.task.evaluate(stage.model, examples.test, examples.test_records)
+            stage.task.evaluate(stage.model, [Examined(examples.test, examples.test_records)])
         took = Seconds.now().since(start)
         total = Seconds(total.wall + took.wall, total.cpu + took.cpu)
     return total

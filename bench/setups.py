@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fedalt_kernels import QuantizedWeight, fused
+from fedalt_kernels import QuantizedWeight, Segments, fused, grouped_fused
 from fedalt_kernels.adapter import Branches
 from fedalt_kernels.checks import HOPPER, SCHEDULES
 from fedalt_kernels.triton import hopper, tiles
@@ -85,6 +85,23 @@ def run_schedules(dtype: torch.dtype, setup: Setup) -> None:
     shape = hopper.backward_shape(like, own, needs)
     if hopper.serves_backward(dy, x, like, own, shape):
         fused.backward(dy, x, weight, low, gates, own, needs)
+
+
+def run_clients(dtype: torch.dtype) -> None:
+    """Runs all that serves many clients, on tensors whose values do not matter."""
+    rank, k, n = 8, K, N
+    for threshold in (0, 13) if dtype == torch.bfloat16 else (13,):
+        x, weight, dy = (torch.zeros(*shape, dtype=dtype) for shape in ((M, k), (n, k), (M, n)))
+        downs, ups = [torch.zeros(3, rank, k)] * 2, [torch.zeros(3, n, rank)] * 2
+        seed = torch.zeros(3, dtype=torch.int64) if threshold else None
+        branches = Branches(downs, ups, torch.zeros(3, 2, k), None, 2.0, threshold, seed)
+        low, gates = x.new_zeros(M, 2 * rank), x.new_zeros(M, 2, dtype=torch.float32)
+        segments, bias = Segments((M - 1, 0, 1), None, None), torch.zeros(n, dtype=dtype)
+        grouped_fused.forward(x, weight, bias, branches, segments)
+        alone, few = branches._replace(threshold=0, seed=None), Segments.of([0, 2, 0], 3)
+        grouped_fused.forward(x[:3], weight, bias, alone, few)
+        needs = [True, True] + [True, False] * 2
+        grouped_fused.backward(dy, x, weight, low, gates, branches, segments, needs)
 
 
 def _stored(storage: str, n: int, k: int) -> QuantizedWeight:

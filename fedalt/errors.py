@@ -47,6 +47,11 @@ def require_one_of(known: tuple[str, ...], key: str, got: str) -> None:
     require(got in known, key, f"one of {', '.join(known)}", got)
 
 
+def require_count_or_auto(key: str, got: object) -> None:
+    """Raises InputError unless the setting ``key`` is ``auto`` or a whole number of at least 1."""
+    require(got == "auto" or (type(got) is int and got >= 1), key, "at least 1, or auto", got)
+
+
 def require_encodable(text: str, what: str) -> None:
     """Raises InputError, which begins with ``what``, for text with half of a surrogate pair in it.
 

@@ -62,11 +62,11 @@ def forward(
         branches: the adapters and how to mix them.
         strip: from `shared_strips`, where the layer shares its pass over x.
     """
-    key = (_rows(x), _beside(branches, weight), bias is None, strip is None)
+    key = (rows_kind(x), _beside(branches, weight), bias is None, strip is None)
     plan = _forwards.get(key) or _forwards.made(
         key, lambda: plan_forward(x, weight, bias is not None, branches, strip is not None)
     )
-    return _launched(x, plan, x, weight, bias, branches, strip)
+    return launched(x, plan, x, weight, bias, branches, strip)
 
 
 def backward(
@@ -85,11 +85,11 @@ def backward(
     Arguments as of `merged.backward`, and the packed adapters where the forward has kept them.  A
     schedule that has no backward leaves the choice open.
     """
-    key = (_rows(dy), _rows(x), _beside(branches, weight), tuple(needs))
+    key = (rows_kind(dy), rows_kind(x), _beside(branches, weight), tuple(needs))
     plan = _backwards.get(key) or _backwards.made(
         key, lambda: plan_backward(dy, x, weight, branches, needs)
     )
-    return _launched(x, plan, dy, x, weight, low, gates, branches, down, up)
+    return launched(x, plan, dy, x, weight, low, gates, branches, down, up)
 
 
 def shared_strips(
@@ -97,7 +97,7 @@ def shared_strips(
 ) -> Callable[[Tensor, Sequence[Branches]], list[Strip]]:
     """Plans S of several layers that read such an x and differ only in values and outputs."""
     plan = plan_strips(x, outputs, first)
-    return lambda x, layers: _launched(x, plan, x, layers)
+    return lambda x, layers: launched(x, plan, x, layers)
 
 
 def worth_sharing(
@@ -116,7 +116,7 @@ def worth_sharing(
     return schedules != {"overlapped"} or any(n < k for n, k in (w.shape for w in weights))
 
 
-def _launched(like: Tensor, plan: Callable[..., Any], *arguments: Any) -> Any:
+def launched(like: Tensor, plan: Callable[..., Any], *arguments: Any) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     if like.device.type == "cpu" or like.device.index == torch.cuda.current_device():
         return plan(*arguments)
@@ -124,13 +124,13 @@ def _launched(like: Tensor, plan: Callable[..., Any], *arguments: Any) -> Any:
         return plan(*arguments)
 
 
-def _rows(x: Tensor) -> Hashable:
+def rows_kind(x: Tensor) -> Hashable:
     """What plans depend on of a matrix with contiguous rows."""
     exact = x.dtype is torch.float32 and torch.get_float32_matmul_precision()
     return x.dtype, x.device, x.shape, x.stride(0), x.data_ptr() % 16, exact
 
 
-def _base(weight: Tensor | QuantizedWeight) -> Hashable:
+def base_kind(weight: Tensor | QuantizedWeight) -> Hashable:
     if isinstance(weight, Tensor):
         return weight.shape, weight.stride(), weight.data_ptr() % 16
     return weight.kind, weight.shape, weight.blocks
@@ -139,7 +139,7 @@ def _base(weight: Tensor | QuantizedWeight) -> Hashable:
 def _beside(branches: Branches, weight: Tensor | QuantizedWeight) -> Hashable:
     """What they depend on of all else but the addresses."""
     if branches.kind is None:
-        return _base(weight), _adapters(branches)
+        return base_kind(weight), _adapters(branches)
     return branches.kind, isinstance(weight, Tensor) and weight.data_ptr() % 16
 
 

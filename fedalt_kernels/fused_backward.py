@@ -39,8 +39,8 @@ def plan_backward(
     count, gated, dropout = len(branches.downs), branches.mixer is not None, branches.threshold > 0
     needs_x, needs_mixer = needs[:2]
     needs_downs, needs_ups = needs[2 : 2 + count], needs[2 + count :]
-    dtype = _gradient_dtype(branches, needs)
-    ups, downs = _span(ranks, needs_ups), _span(ranks, needs_downs)
+    dtype = gradient_dtype(branches, needs)
+    ups, downs = span_of(ranks, needs_ups), span_of(ranks, needs_downs)
     if downs is None and needs_mixer:
         downs = Span(0, ranks.block, 0)
     like = outline(base, x.dtype)
@@ -185,7 +185,7 @@ def _cut(out: Any, start: int, like: Any) -> Tensor:
     return out[start : start + like.numel()].view(like.shape).to(like.dtype)
 
 
-def _gradient_dtype(branches: Branches, needs: Sequence[bool]) -> torch.dtype:
+def gradient_dtype(branches: Branches, needs: Sequence[bool]) -> torch.dtype:
     """That of all the parameters that want a gradient, or float32 where theirs differ."""
     tensors = branches.mixer, *branches.downs, *branches.ups
     dtypes = {t.dtype for t, need in zip(tensors, needs[1:], strict=True) if need and t is not None}
@@ -198,7 +198,7 @@ def _is_joint(span: Span | None, ranks: Ranks) -> bool:
     return few and ranks.padded <= tiles.WIDE_RANKS
 
 
-def _span(ranks: Ranks, needs: Sequence[bool]) -> Span | None:
+def span_of(ranks: Ranks, needs: Sequence[bool]) -> Span | None:
     """The ranks from the first needed adapter to the last one, padded; None where none is."""
     needed = [e for e, need in enumerate(needs) if need]
     if not needed:

@@ -64,7 +64,7 @@ def plan_forward(
             x: Tensor, weight: Any, bias: Tensor | None, branches: Branches, strip: Any
         ) -> Forward:
             packed = pack(x, (branches,))
-            made = recompute(x, matrix(weight, x.dtype), _tidy(bias), packed)
+            made = recompute(x, matrix(weight, x.dtype), tidy(bias), packed)
             return Forward(*made, packed.downs[0], packed.ups[0])
 
         return run_recompute
@@ -75,7 +75,7 @@ def plan_forward(
             x: Tensor, weight: Any, bias: Tensor | None, branches: Branches, strip: Any
         ) -> Forward:
             packed = pack(x, (branches,))
-            made = overlap(x, matrix(weight, x.dtype), _tidy(bias), packed, branches.seed)
+            made = overlap(x, matrix(weight, x.dtype), tidy(bias), packed, branches.seed)
             return Forward(*made, packed.downs[0], packed.ups[0])
 
         return run_overlapped
@@ -88,8 +88,8 @@ def plan_forward(
     ) -> Forward:
         made: Any = project(x, (branches,))[0] if project else strip
         weight = matrix(weight, x.dtype)
-        base = _near(x) @ weight.t() if expand else None  # [M, K] [K, N]
-        y = contract(x, weight, made.gated, made.up, bias=_tidy(bias), base=base)
+        base = near(x) @ weight.t() if expand else None  # [M, K] [K, N]
+        y = contract(x, weight, made.gated, made.up, bias=tidy(bias), base=base)
         return Forward(y, made.low, made.gates, made.down, made.up)
 
     return run
@@ -101,7 +101,7 @@ def _plan_hopper(
     mix = hopper.mixing(x, like, bias, branches, weights)
 
     def run(x: Tensor, weight: Any, bias: Tensor | None, branches: Branches, strip: Any) -> Forward:
-        return Forward(*mix(x, matrix(weight, x.dtype), _tidy(bias), branches))
+        return Forward(*mix(x, matrix(weight, x.dtype), tidy(bias), branches))
 
     return run
 
@@ -126,7 +126,7 @@ def _plan_decode(
             weight, statistics = stored.data, stored.statistics
         else:
             weight = matrix(weight, x.dtype)
-        return Forward(*decode(x, weight, _tidy(bias), branches, statistics))
+        return Forward(*decode(x, weight, tidy(bias), branches, statistics))
 
     return run
 
@@ -151,12 +151,12 @@ def plan_strips(
     return run
 
 
-def _near(x: Tensor) -> Tensor:
+def near(x: Tensor) -> Tensor:
     """x [M, K] with rows so near one another that cuBLAS, which counts in 32 bits, reaches all."""
     return x.contiguous() if x.stride(0) * x.element_size() >= 2**31 else x
 
 
-def _tidy(bias: Tensor | None) -> Tensor | None:
+def tidy(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 

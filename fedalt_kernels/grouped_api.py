@@ -7,16 +7,14 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .api import mixed_lora_linear
-from .checks import check_seed, check_tensors
+from .checks import IMPLEMENTATIONS, check_seed, check_tensors
 from .choice import plain
 from .dropout import SEED_LIMIT
-from .grouped import GroupedCall, GroupedMixedLoRA
+from .grouped_autograd import GroupedCall, GroupedMixedLoRA
 from .kinds import find
 from .quantized import QuantizedWeight
 from .reference import grouped_reference
 from .segments import Segments
-
-IMPLEMENTATIONS = ("auto", "torch", "reference")
 
 
 def mixed_lora_linear_grouped(
@@ -38,8 +36,7 @@ def mixed_lora_linear_grouped(
 
         y_m = W x_m + b + s Σ_e g_e B_ce A_ce dropout(x_m),    g = softmax(mixer_c x_m)
 
-    The base product is one over all rows, and clients' segments are not padded to each other.  On
-    a GPU all products are PyTorch's own; the Triton kernels serve one client, and so C = 1.
+    The base product is one over all rows, and clients' segments are not padded to each other.
 
     Args:
         x: [..., K], M rows; the dtypes are those of `mixed_lora_linear`, also under autocast.
@@ -55,16 +52,18 @@ def mixed_lora_linear_grouped(
         seeds: C of the dropout masks, in [0, 2**63): an int64 tensor or ints.  A client's mask is a
             function of its seed and the order of its own rows: the one it has alone.  None draws
             them.
-        impl: "torch", "reference" (a loop over clients), or "auto": "torch".
+        impl: "torch", "triton" (kernels that no GPU has run yet), "reference" (a loop over clients)
+            or "auto": "torch", and for one client what `mixed_lora_linear` takes.
 
     Returns:
         [..., N] in x's dtype.  Gradients come in the stacked shapes, zero for a client without
-        rows.  They cannot be differentiated again; under torch.func's transforms, on the meta
-        device and in torch.compile the reference serves.
+        rows.  They cannot be differentiated again; under torch.func's transforms and on the meta
+        device the reference serves.  torch.compile takes the clients as `Segments` or a list.
 
     Raises:
         TypeError: an argument is of another kind.
         ValueError: a shape, dtype, device or value does not fit.
+        RuntimeError: ``impl`` cannot run here.
     """
     check_tensors(x, weight, bias)
     if impl not in IMPLEMENTATIONS:
@@ -78,10 +77,9 @@ def mixed_lora_linear_grouped(
         clients = Segments.of(clients, count)
     elif len(clients.sizes) != count:
         raise ValueError(f"clients must be segments of {count}, got {len(clients.sizes)}")
-    segments = clients.of_rows(x.shape[:-1].numel(), x.device)
-    tracing = torch.compiler.is_compiling() or plain(x)
-    drawn = None
-    if plan.threshold and not (seeds is None and tracing):
+    compiling, drawn = torch.compiler.is_compiling(), None
+    plainly = plan.impl == "reference" and (compiling or plain(x))
+    if plan.threshold and not (seeds is None and plainly):
         drawn = _seeds(seeds, count, x.device)
     if count == 1 and impl == "auto":
         return mixed_lora_linear(
@@ -97,7 +95,7 @@ def mixed_lora_linear_grouped(
     if plan.dtype is not None:
         x, bias = x.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
         weight = weight.to(plan.dtype) if isinstance(weight, Tensor) else weight
-    if plan.impl == "reference" or tracing:
+    if plan.impl == "reference":
         if isinstance(weight, QuantizedWeight):
             weight = weight.dequantize(x.dtype)
         return grouped_reference(
@@ -106,13 +104,14 @@ def mixed_lora_linear_grouped(
             bias,
             adapters,
             mixer,
-            segments,
+            clients.of_rows(x.shape[:-1].numel(), x.device),
             scaling=scaling,
             dropout_p=dropout_p,
             seeds=drawn,
         )
-    _, _, weights, scale, threshold, *_ = plan.constants
-    call = GroupedCall(weight, bias, segments, drawn, weights, scale, threshold)
+    if not compiling:  # else the operator does, of sizes that are no constants of the graph
+        clients = clients.of_rows(x.shape[:-1].numel(), x.device)
+    call = GroupedCall(plan.constants, weight, bias, clients, drawn)
     factors = [a for a, _ in adapters] + [b for _, b in adapters]
     learned = mixer if isinstance(mixer, Tensor) else None
     result: Tensor = GroupedMixedLoRA.apply(call, x, learned, *factors)
@@ -140,13 +139,15 @@ def _clients_stacked(adapters: Sequence[Adapter], mixer: Tensor | tuple[float, .
     return count
 
 
-def _seeds(seeds: Tensor | Sequence[int] | None, count: int, device: torch.device) -> Sequence[int]:
-    """One a client, on the host, where the masks are made."""
+def _seeds(seeds: Tensor | Sequence[int] | None, count: int, device: torch.device) -> Tensor:
+    """One a client, int64 [C]."""
     if seeds is None:
-        seeds = torch.randint(SEED_LIMIT - 1, (count,), device=device)
-    numbers: list[int] = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
-    if len(numbers) != count:
-        raise ValueError(f"seeds must be {count}, one a client, got {len(numbers)}")
-    for number in numbers:
-        check_seed(number)
-    return numbers
+        return torch.randint(SEED_LIMIT - 1, (count,), device=device)
+    if len(seeds) != count:
+        raise ValueError(f"seeds must be {count}, one a client, got {len(seeds)}")
+    if not isinstance(seeds, Tensor):
+        for seed in seeds:
+            check_seed(seed)
+        return torch.tensor(list(seeds), dtype=torch.int64)
+    check_seed(seeds[0])
+    return seeds

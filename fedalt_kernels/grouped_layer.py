@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .base import FrozenBase, LowRank, kaiming_uniform_
-from .grouped_api import IMPLEMENTATIONS, mixed_lora_linear_grouped
+from .checks import IMPLEMENTATIONS
+from .grouped_api import mixed_lora_linear_grouped
 from .layer import MixedLoRALinear
 from .segments import Segments
 

@@ -11,21 +11,21 @@ from . import merged
 from .adapter import Branches
 from .quantized import QuantizedWeight
 
-_BRANCHES = (
+BRANCHES = (
     "Tensor[] downs, Tensor[] ups, Tensor? mixer, float[]? weights, float scaling, int threshold, "
     "Tensor? seed, str? schedule"
 )
 # A quantized weight comes last, in the order of its fields, and then `weight` is None.
-_PACKED = "str? kind=None, int[]? shape=None, Tensor[]? tensors=None, int[]? blocks=None"
+PACKED = "str? kind=None, int[]? shape=None, Tensor[]? tensors=None, int[]? blocks=None"
 _FORWARD = (
-    f"(Tensor x, Tensor? weight, Tensor? bias, {_BRANCHES}, {_PACKED})"
+    f"(Tensor x, Tensor? weight, Tensor? bias, {BRANCHES}, {PACKED})"
     " -> (Tensor y, Tensor low, Tensor gates)"
 )
 _BACKWARD = (
-    f"(Tensor dy, Tensor x, Tensor? weight, Tensor low, Tensor gates, {_BRANCHES}, bool[] needs, "
-    f"{_PACKED}) -> Tensor[]"
+    f"(Tensor dy, Tensor x, Tensor? weight, Tensor low, Tensor gates, {BRANCHES}, bool[] needs, "
+    f"{PACKED}) -> Tensor[]"
 )
-_COUNT = len(Branches._fields) - 1  # a kind of call is for eager calls
+COUNT = len(Branches._fields) - 1  # a kind of call is for eager calls
 _NAMES = {"torch": "merged", "triton": "fused"}
 
 
@@ -39,7 +39,7 @@ def module(impl: str) -> Any:
     return fused
 
 
-def _base(weight: Tensor | None, packed: Sequence[Any]) -> Tensor | QuantizedWeight:
+def base_of(weight: Tensor | None, packed: Sequence[Any]) -> Tensor | QuantizedWeight:
     if weight is not None:
         return weight
     kind, (n, k), tensors, blocks = packed
@@ -49,7 +49,7 @@ def _base(weight: Tensor | None, packed: Sequence[Any]) -> Tensor | QuantizedWei
 def _run_forward(
     impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    branches, base = Branches(*rest[:_COUNT]), _base(weight, rest[_COUNT:])
+    branches, base = Branches(*rest[:COUNT]), base_of(weight, rest[COUNT:])
     y, low, gates, *_ = module(impl).forward(x, base, bias, branches)
     return y, low, x.new_empty(0) if gates is None else gates
 
@@ -57,10 +57,14 @@ def _run_forward(
 def _run_backward(
     impl: str, dy: Tensor, x: Tensor, weight: Tensor | None, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
-    mixed, needs, *packed = Branches(*rest[:_COUNT]), *rest[_COUNT:]
+    mixed, needs, *packed = Branches(*rest[:COUNT]), *rest[COUNT:]
     held = None if mixed.mixer is None else gates
-    grads = module(impl).backward(dy, x, _base(weight, packed), low, held, mixed, needs)
-    # An operator's outputs must not share storage; gradients cut from one product do.
+    grads = module(impl).backward(dy, x, base_of(weight, packed), low, held, mixed, needs)
+    return apart(grads, needs)
+
+
+def apart(grads: list[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """An operator's outputs must not share storage; gradients cut from one product do."""
     return [
         grad if i == 0 and needs[0] else grad.clone(memory_format=torch.contiguous_format)
         for i, grad in enumerate(grads)
@@ -70,10 +74,10 @@ def _run_backward(
 def _fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mixed = Branches(*rest[:_COUNT])
+    mixed = Branches(*rest[:COUNT])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rank = sum(a.shape[0] for a in mixed.downs)
-    y = x.new_empty(x.shape[0], _base(weight, rest[_COUNT:]).shape[0])
+    y = x.new_empty(x.shape[0], base_of(weight, rest[COUNT:]).shape[0])
     low = x.new_empty(x.shape[0], rank)
     if mixed.mixer is None:
         return y, low, x.new_empty(0)
@@ -83,7 +87,7 @@ def _fake_forward(
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, low: Tensor, gates: Tensor, *rest: Any
 ) -> list[Tensor]:
-    mixed, needs = Branches(*rest[:_COUNT]), rest[_COUNT]
+    mixed, needs = Branches(*rest[:COUNT]), rest[COUNT]
     inputs = [x, mixed.mixer, *mixed.downs, *mixed.ups]
     return [
         torch.empty(source.shape, dtype=source.dtype, device=source.device)
@@ -92,7 +96,7 @@ def _fake_backward(
     ]
 
 
-def _split(weight: Tensor | QuantizedWeight) -> tuple[Tensor | None, tuple[Any, ...]]:
+def split(weight: Tensor | QuantizedWeight) -> tuple[Tensor | None, tuple[Any, ...]]:
     """A weight as the operators take it: the matrix, or the fields of a quantized one."""
     return (weight, ()) if isinstance(weight, Tensor) else (None, tuple(weight))
 
@@ -105,8 +109,8 @@ def _forward(
     branches: Branches,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     operator = getattr(torch.ops.fedalt_kernels, f"{name}_forward")
-    matrix, packed = _split(weight)
-    y, low, gates = operator(x, matrix, bias, *branches[:_COUNT], *packed)
+    matrix, packed = split(weight)
+    y, low, gates = operator(x, matrix, bias, *branches[:COUNT], *packed)
     return y, low, gates if branches.mixer is not None else None
 
 
@@ -122,8 +126,8 @@ def _backward(
 ) -> list[Tensor]:
     operator = getattr(torch.ops.fedalt_kernels, f"{name}_backward")
     held = low.new_empty(0) if gates is None else gates
-    matrix, packed = _split(weight)
-    return operator(dy, x, matrix, low, held, *branches[:_COUNT], needs, *packed)
+    matrix, packed = split(weight)
+    return operator(dy, x, matrix, low, held, *branches[:COUNT], needs, *packed)
 
 
 def _register(impl: str, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

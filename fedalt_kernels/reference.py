@@ -79,12 +79,13 @@ def grouped_reference(
     *,
     scaling: float,
     dropout_p: float = 0.0,
-    seeds: Sequence[int] | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Each client's rows by `reference`; as in `fedalt_kernels.mixed_lora_linear_grouped`.
 
     Args:
         segments: of the M rows of x.
+        seeds: int64 [C].
     """
     rows = segments.sort(x.reshape(-1, x.shape[-1]))
     parts = [

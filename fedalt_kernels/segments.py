@@ -68,6 +68,12 @@ class Segments(NamedTuple):
         """Sorted rows [M, ...] in the batch's own order."""
         return rows if self.inverse is None else rows.index_select(0, self.inverse)
 
+    def owners(self, device: torch.device) -> Tensor:
+        """Every row's client in the batch's order, int64 [M], without waiting for the device."""
+        sizes = torch.tensor(self.sizes).to(device, non_blocking=True)
+        clients = torch.arange(len(self.sizes), device=device)
+        return self.restore(clients.repeat_interleave(sizes, output_size=sum(self.sizes)))
+
     def slices(self) -> Iterator[tuple[int, slice]]:
         """Client and rows of every segment that has any."""
         start = 0

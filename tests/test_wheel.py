@@ -153,9 +153,12 @@ def test_every_error_names_a_missing_package_by_the_extra_that_has_it():
         ("fastapi", "serve"),
         ("flwr", "flower"),
         ("gguf", "gguf"),
+        ("mlflow-skinny", "mlflow"),
         ("scikit-learn", "data"),
         ("tensorboard", "tensorboard"),
+        ("tensorboard", "tensorboard"),
         ("uvicorn", "serve"),
+        ("wandb", "wandb"),
     ]
     assert all(package in extras()[extra] for package, extra in calls)
     assert {name for name, _ in lines} == {"errors.py", "choice.py"}

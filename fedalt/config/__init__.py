@@ -13,8 +13,10 @@ from fedalt.config.schema import (
     TrainConfig,
 )
 from fedalt.config.settings import load_config
+from fedalt.config.train import AUTO
 
 __all__ = [
+    "AUTO",
     "BUILTIN_BASE",
     "BUILTIN_VIT",
     "CHAT",

@@ -16,6 +16,7 @@ SITES_OWN = (
     "out",
     "threads",
     "save_total_limit",
+    "report_to",
     "model.path",
     "model.device",
     "model.quantization",
@@ -29,10 +30,12 @@ SITES_OWN = (
     "data.clients",
     "data.test_share",
     "train.micro_batch",
+    "train.together",
     "train.gradient_checkpointing",
     "train.offload_activations",
     "train.loss_chunk",
     "evaluate.batch_size",
+    "evaluate.together",
     "evaluate.answers",
 )
 """What a site keeps to itself: where its data and its base are, and what its machine can do."""

@@ -10,7 +10,8 @@ import yaml
 
 from fedalt.config.data import DIGITS, SAMPLE, DataConfig, PartitionConfig
 from fedalt.config.privacy import PrivacyConfig
-from fedalt.errors import require, require_one_of
+from fedalt.config.train import AUTO, TrainConfig
+from fedalt.errors import require, require_count_or_auto, require_one_of
 
 __all__ = [
     "BUILTIN_BASE",
@@ -88,62 +89,6 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Local training of one client in one round; optimizer and schedule start afresh each round."""
-
-    batch_size: int = 16
-    """Records a step."""
-    epochs: int = 5
-    """Passes over a client's records in a round, where ``max_steps`` is null."""
-    max_steps: int | None = 30
-    """Steps a round whatever the number of records; null: ``epochs`` passes over the records."""
-    learning_rate: float = 4e-3
-    """AdamW's, after the warm-up."""
-    weight_decay: float = 0.0
-    """AdamW's, of everything that is trained."""
-    lr_scheduler: str = "linear"
-    """What follows the warm-up: ``linear`` or ``cosine`` decay to zero, or ``constant``."""
-    warmup_steps: int = 3
-    """Steps of a linear rise to ``learning_rate``, in every round."""
-    max_grad_norm: float = 1.0
-    """A step's gradient of a larger norm is scaled down to it."""
-    optimizer: str = "adamw"
-    """``adamw``, or with moments of 8 bits, by bitsandbytes, ``adamw_8bit``; or these in memory
-    that a GPU pages out to the host, ``paged_adamw_8bit``. Tensors of fewer than 4096 numbers keep
-    moments of 32 bits, and of fewer than 100 000 unpaged ones."""
-    micro_batch: int | None = None
-    """Examples of a batch that are run at once; null: all. Whenever memory does not suffice it is
-    halved, the step is run again, and the run goes on with what fits. A step's gradient stays the
-    whole batch's, but for its rounding and, under dropout, its masks."""
-    packing: bool = False
-    """Short records of a batch share rows, each blind to the others: less padding, the same loss
-    and gradient but for rounding and, under dropout, its masks."""
-    gradient_checkpointing: bool = False
-    """Of every block only the input is kept; the rest is computed again in the backward."""
-    offload_activations: bool = False
-    """What is kept for the backward waits in host memory; for a GPU."""
-    loss_chunk: int | None = None
-    """Tokens whose logits are alive at once; null: as many as make 2^24 logits. The loss's peak is
-    about 16 bytes x this x the vocabulary."""
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
-        require(self.epochs >= 1, "train.epochs", "at least 1", self.epochs)
-        steps_ok = self.max_steps is None or self.max_steps >= 1
-        require(steps_ok, "train.max_steps", "at least 1, or null", self.max_steps)
-        require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
-        require(self.weight_decay >= 0, "train.weight_decay", "at least 0", self.weight_decay)
-        require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
-        require(self.max_grad_norm > 0, "train.max_grad_norm", "above 0", self.max_grad_norm)
-        require_one_of(("linear", "cosine", "constant"), "train.lr_scheduler", self.lr_scheduler)
-        optimizers = ("adamw", "adamw_8bit", "paged_adamw_8bit")
-        require_one_of(optimizers, "train.optimizer", self.optimizer)
-        for name in ("micro_batch", "loss_chunk"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"train.{name}", "at least 1, or null", value)
-
-
-@dataclass(frozen=True)
 class FederationConfig:
     """Who takes part in a round, what the server refuses, how it averages, who joins later."""
 
@@ -205,6 +150,10 @@ class EvaluateConfig:
     """Rounds between evaluations; round 0 and the last are always evaluated."""
     batch_size: int = 128
     """Records that are scored at once."""
+    together: int | str = 1
+    """Clients whose records share these batches, so that one pass over the base serves them; each
+    gets the scores that it gets alone, but for rounding. ``auto``: as many as fill one. Images, and
+    clients with trained heads, are scored one by one."""
     max_new_tokens: int = 80
     """The longest generated answer, in tokens."""
     num_beams: int = 1
@@ -220,6 +169,7 @@ class EvaluateConfig:
         for name in ("every", "batch_size", "max_new_tokens", "num_beams"):
             value = getattr(self, name)
             require(value >= 1, f"evaluate.{name}", "at least 1", value)
+        require_count_or_auto("evaluate.together", self.together)
         require(self.answers >= 0, "evaluate.answers", "at least 0", self.answers)
 
 
@@ -239,6 +189,9 @@ class Config:
     """CPU threads of PyTorch; null: PyTorch's own choice. On a busy machine 1 is often faster."""
     save_total_limit: int = 2
     """Checkpoints kept; the oldest go first."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that are told every finished round of ``fedalt run``: ``tensorboard``, ``wandb``,
+    ``mlflow``."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -252,6 +205,8 @@ class Config:
         require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
         require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
         require(self.save_total_limit >= 1, "save_total_limit", "at least 1", self.save_total_limit)
+        for name in self.report_to:
+            require_one_of(("tensorboard", "wandb", "mlflow"), "report_to", name)
         other = {"text": BUILTIN_VIT, "image": BUILTIN_BASE}[self.data.kind]
         fits = self.model.path != other
         require(fits, "model.path", f"a model for data.kind={self.data.kind}", self.model.path)
@@ -259,6 +214,9 @@ class Config:
         require(text or not self.train.packing, "train.packing", "false of images", True)
         threads_ok = self.threads is None or self.threads >= 1
         require(threads_ok, "threads", "at least 1, or null", self.threads)
+        together, alone = self.train.together, self.trains_alone
+        fits = together in (1, AUTO) or not alone
+        require(fits, "train.together", f"1 or {AUTO} with {alone}", together)
         held = self.federation.holdout
         apart = "false with privacy.record_clip, whose norms are those of single records"
         require(not (self.train.packing and self.privacy.on), "train.packing", apart, True)
@@ -271,6 +229,18 @@ class Config:
         offload = self.train.offload_activations
         wanted = "false on a CPU, which has no other memory to offload to"
         require(on_gpu or not offload, "train.offload_activations", wanted, offload)
+
+    @property
+    def trains_alone(self) -> str:
+        """The setting under which clients cannot train together, if there is one."""
+        train = self.train
+        found = {
+            "privacy.record_clip": self.privacy.on,
+            "train.packing": train.packing,
+            "train.micro_batch": (train.micro_batch or train.batch_size) < train.batch_size,
+            "lora.modules_to_save": self.lora.modules_to_save,
+        }
+        return next((key for key, on in found.items() if on), "")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain nested dicts and lists, every key present."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,13 +14,27 @@ from torch import Tensor, nn
 from fedalt.config import EvaluateConfig
 from fedalt.data import Chat, Example, ImageExample, Record, collate, is_special
 from fedalt.evaluation.answers import Answers
-from fedalt.evaluation.likelihood import choice_scores
+from fedalt.evaluation.likelihood import choice_scores, option_nats
 from fedalt.evaluation.metrics import named_option, text_scores
-from fedalt.model import GateMeter, sum_dtype
-from fedalt.training import answer_loss
+from fedalt.model import ClientRows, GateMeter, sum_dtype, whose
+from fedalt.training import token_losses
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Examined:
+    """A client's test records.
+
+    Attributes:
+        examples: prompts and answers in token ids, or images.
+        records: what they were made of, in the same order.
+        kept: takes the answers, and of texts the ROUGE-1 of each.
+    """
+
+    examples: Sequence[Any]
+    records: Sequence[Any]
+    kept: Answers | None = None
+
+
 def evaluate_text(
     model: nn.Module,
     tokenizer: Any,
@@ -31,41 +47,87 @@ def evaluate_text(
     """Score ``model``, which holds a client's adapters, on the client's test examples.
 
     Args:
-        examples: prompts and answers in token ids.
-        records: what they were made of, in the same order.
+        examples, records, kept: as in ``Examined``.
         meter: watches the loss's pass over the examples.
-        kept: takes the answers, and the ROUGE-1 of each.
 
     Returns:
         ``rouge1``, ``rouge2``, ``rougeL``, ``exact_match`` in percent and ``loss`` in nats a token;
         where every record has options also ``accuracy`` (of the option that the generated answer
         names), ``choice`` and ``choice_norm`` (by likelihood), in percent.
     """
+    (scores,) = evaluate_texts(model, tokenizer, [Examined(examples, records, kept)], config, meter)
+    return scores
+
+
+@torch.no_grad()
+def evaluate_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    clients: Sequence[Examined],
+    config: EvaluateConfig,
+    meter: GateMeter | None = None,
+    rows: ClientRows | None = None,
+) -> list[dict[str, float]]:
+    """What ``evaluate_text`` gives of each of a model's clients, whose records share batches.
+
+    Args:
+        rows: by which the model's layers learn whose a batch's rows are; None: it has one client.
+    """
     model.eval()
     device = next(model.parameters()).device
+    examples = [example for client in clients for example in client.examples]
+    owners = [number for number, client in enumerate(clients) for _ in client.examples]
     answers = [""] * len(examples)
-    total = torch.zeros((), dtype=sum_dtype(device), device=device)
+    nats = torch.zeros(len(examples), dtype=sum_dtype(device), device=device)
     longest_first = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     for start in range(0, len(examples), config.batch_size):
-        rows = longest_first[start : start + config.batch_size]
-        chunk = [examples[i] for i in rows]
-        with meter or nullcontext():
-            total += answer_loss(model, collate(chunk, tokenizer.pad_token_id, device), "sum")
-        for i, text in zip(rows, generate(model, tokenizer, chunk, config), strict=True):
-            answers[i] = text
-    tokens = sum(example.terms for example in examples)
-    each: list[float] = []
+        places = longest_first[start : start + config.batch_size]
+        chunk = [examples[i] for i in places]
+        with whose(rows, [owners[i] for i in places]):
+            with meter or nullcontext():
+                batch = collate(chunk, tokenizer.pad_token_id, device)
+                nats[places] = token_losses(model, batch).to(nats.dtype).sum(1)
+            for i, text in zip(places, generate(model, tokenizer, chunk, config), strict=True):
+                answers[i] = text
+    sizes = [len(client.examples) for client in clients]
+    ends = list(accumulate(sizes))
+    scored = [
+        _scores(client, answers[end - size : end], part.sum().item())
+        for client, size, end, part in zip(clients, sizes, ends, nats.split(sizes), strict=True)
+    ]
+    asked = [
+        number for number, c in enumerate(clients) if all(record.options for record in c.records)
+    ]
+    if asked:
+        likely = option_nats(
+            model,
+            tokenizer,
+            [example for number in asked for example in clients[number].examples],
+            [record for number in asked for record in clients[number].records],
+            config.batch_size,
+            [number for number in asked for _ in clients[number].examples],
+            rows,
+        )
+        for number in asked:
+            records = clients[number].records
+            scored[number] |= choice_scores(records, likely[: len(records)])
+            del likely[: len(records)]
+    return scored
+
+
+def _scores(client: Examined, answers: Sequence[str], nats: float) -> dict[str, float]:
+    """Of a client's answers; ``nats`` is the loss summed over its tokens."""
+    records, each = client.records, list[float]()
     scores = text_scores(answers, [record.output for record in records], each)
-    if kept is not None:
-        kept.take(answers, each)
-    scores["loss"] = total.item() / tokens
+    if client.kept is not None:
+        client.kept.take(answers, each)
+    scores["loss"] = nats / sum(example.terms for example in client.examples)
     if all(record.options for record in records):
         right = sum(
             named_option(answer, record.options) == record.output
             for answer, record in zip(answers, records, strict=True)
         )
         scores["accuracy"] = 100 * right / len(records)
-        scores |= choice_scores(model, tokenizer, examples, records, config.batch_size)
     return scores
 
 

@@ -54,8 +54,11 @@ class Planner:
         train, micro_batch, scored = self.config.train, self._micro_batch(), self.scored
         if self.config.data.kind == "text" and (train.loss_chunk or SMALL_CHUNK + 1) > SMALL_CHUNK:
             yield {"train.loss_chunk": SMALL_CHUNK}
+        alone = {} if self.rehearsal.together(train) == 1 else {"train.together": 1}
+        if alone:
+            yield alone
         if micro_batch > 1:
-            yield {"train.micro_batch": micro_batch // 2}
+            yield {**alone, "train.micro_batch": micro_batch // 2}
         if scored > 1:
             yield {"evaluate.batch_size": scored // 2}
         if not train.gradient_checkpointing and self.rehearsal.recomputes:
@@ -127,8 +130,10 @@ def foretell(config: Config) -> str:
     planner = Planner(config)
     rehearsal, need = planner.rehearsal, planner.need({})
     base, assumed = config.model, rehearsal.assumed
-    size, scored = min(config.train.batch_size, assumed.train), planner.scored
+    size, scored = str(min(config.train.batch_size, assumed.train)), planner.scored
     trained, tested = assumed.size
+    clients = rehearsal.together(config.train)
+    size = f"{clients} clients of {size}" if clients > 1 else size
     lines = [
         f"{base.path} in {base.dtype}, quantization {base.quantization}, on {rehearsal.device}",
         f"training on {size} x {trained}; evaluation on {scored} x {tested} ({assumed.source})",

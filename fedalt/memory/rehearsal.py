@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -19,16 +20,23 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from fedalt.config import Config, EvaluateConfig, TrainConfig
+from fedalt.config import AUTO, Config, EvaluateConfig, TrainConfig
 from fedalt.errors import InputError
-from fedalt.evaluation import ImageTask, Task, TextTask
+from fedalt.evaluation import Examined, ImageTask, Task, TextTask
 from fedalt.memory.assumed import assume, read_at_hand
 from fedalt.memory.skeleton import give_storage, load_skeleton
 from fedalt.memory.tracker import Kind, Tracker
 from fedalt.methods import get_method
-from fedalt.model import client_tensors, mark_chunkable, mixed_layers, output_head, usable_device
-from fedalt.run import check_base, put_adapters
-from fedalt.training import check_recomputes, train_client
+from fedalt.model import (
+    adapter_state,
+    client_tensors,
+    mark_chunkable,
+    mixed_layers,
+    output_head,
+    usable_device,
+)
+from fedalt.run import check_base, most_together, put_adapters
+from fedalt.training import Trainee, check_recomputes, train_client, train_together
 
 UNFOLLOWABLE = (
     DataDependentOutputException,
@@ -61,6 +69,7 @@ class Rehearsal:
         self._method = get_method(config.method)
         parts = read_at_hand(config)
         images = config.data.kind == "image"
+        self._clients = len(parts)  # 0: not known
         records = [record for part in parts for record in (*part.train, *part.test)]
         classes = sorted({record.label for record in records}) if images else []
         self._model, self._tool = load_skeleton(config, classes)
@@ -99,22 +108,49 @@ class Rehearsal:
                 count = min(count, 2 * train.micro_batch)
             examples = [self.assumed.train_example] * count
             task = self._task(replace(self._config, train=train))
+            clients = self.together(train)
             with self._followed() as tracker:
-                train_client(
-                    self._model,
-                    examples,
-                    followed,
-                    task.loss,
-                    trains=self._method.trains,
-                    seed=0,
-                    count=task.count,
-                )
+                if clients > 1:
+                    self._train_together(clients, examples, followed, task)
+                else:
+                    train_client(
+                        self._model,
+                        examples,
+                        followed,
+                        task.loss,
+                        trains=self._method.trains,
+                        seed=0,
+                        count=task.count,
+                    )
             self._ran[followed] = tracker.peak
             self._ran[followed][Kind.OPTIMIZER] = tracker.moments
         peak = self._quantized(self._ran[followed], quantization)
         if train.optimizer != "adamw":
-            peak[Kind.OPTIMIZER] = self._moments_8bit(paged=train.optimizer.startswith("paged"))
+            moments = self._moments_8bit(paged=train.optimizer.startswith("paged"))
+            peak[Kind.OPTIMIZER] = self.together(train) * moments
         return peak
+
+    def together(self, train: TrainConfig) -> int:
+        """The clients that train in one pass, at most."""
+        if replace(self._config, train=train).trains_alone:
+            return 1
+        tokens = train.batch_size * self._task(self._config).length(self.assumed.train_example)
+        most = most_together(train.together, tokens, self.device.type)
+        return min(most, self._clients or most)
+
+    def _train_together(
+        self, clients: int, examples: list[Any], train: TrainConfig, task: Task
+    ) -> None:
+        state = adapter_state(self._model)
+        train_together(
+            self._model,
+            [Trainee(state, examples, 0) for _ in range(clients)],
+            train,
+            task.losses,
+            trains=self._method.trains,
+            length=task.length,
+            count=task.count,
+        )
 
     def evaluation(self, evaluate: EvaluateConfig, quantization: str) -> Bytes:
         """The most bytes, by kind, that the evaluation of a batch holds.
@@ -123,12 +159,14 @@ class Rehearsal:
         ends with is counted from the prompts'.
         """
         if evaluate not in self._ran:
-            count = min(evaluate.batch_size, self.assumed.test)
-            examples = [self.assumed.test_example] * count
-            records = [self.assumed.test_record] * count
+            size, together = evaluate.batch_size, evaluate.together
+            count = size if together == AUTO else min(size, int(together) * self.assumed.test)
+            tested = Examined(
+                [self.assumed.test_example] * count, [self.assumed.test_record] * count
+            )
             task = self._task(replace(self._config, evaluate=evaluate))
             with self._followed(forwards=2) as tracker:
-                task.evaluate(self._model, examples, records)
+                task.evaluate(self._model, [tested])
             self._ran[evaluate] = max(
                 tracker.peak, self._last_token(tracker, evaluate), key=Counter.total
             )

@@ -221,6 +221,7 @@ class Tracker(TorchDispatchMode):
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
+                self._label(parameter, Kind.ADAPTERS)
                 if parameter.grad is not None:
                     self._label(parameter.grad, Kind.GRADIENTS)
 
@@ -249,7 +250,7 @@ def _kept_by(stack: list[nn.Module]) -> Kind:
     if not stack:
         return Kind.REST
     name, place = type(stack[-1]).__name__, type(stack[-1]).__module__
-    if name == "MixedLoRALinear":
+    if name in ("MixedLoRALinear", "GroupedMixedLoRALinear"):
         return Kind.ADAPTED
     if "Attention" in name:
         return Kind.ATTENTION

@@ -11,9 +11,10 @@ from fedalt.model.base import (
 from fedalt.model.extras import bitsandbytes
 from fedalt.model.gates import GateMeter
 from fedalt.model.gguf import gguf_options
-from fedalt.model.grouped import ClientRows, stack_clients
+from fedalt.model.grouped import ClientRows, HiddenRows, stack_clients, whose
 from fedalt.model.logits import mark_chunkable
-from fedalt.model.records import RowsHidden, keeps_rows_apart, own_adapters
+from fedalt.model.records import keeps_rows_apart, own_adapters
+from fedalt.model.stacked import clients_in, stacked_clients
 from fedalt.model.states import (
     HEAD,
     INDIVIDUAL,
@@ -52,7 +53,7 @@ __all__ = [
     "BaseWeights",
     "ClientRows",
     "GateMeter",
-    "RowsHidden",
+    "HiddenRows",
     "State",
     "adapter_alone",
     "adapter_state",
@@ -61,6 +62,7 @@ __all__ = [
     "bitsandbytes",
     "checkpoint_of",
     "client_tensors",
+    "clients_in",
     "fit_head",
     "fit_tokenizer",
     "fixed_gates",
@@ -87,7 +89,9 @@ __all__ = [
     "select",
     "set_trainable",
     "stack_clients",
+    "stacked_clients",
     "sum_dtype",
     "usable_device",
+    "whose",
     "without_gradient",
 ]

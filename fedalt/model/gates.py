@@ -12,6 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fedalt.model.base import sum_dtype
 from fedalt.model.states import mixed_layers
+from fedalt_kernels import GroupedMixedLoRALinear, MixedLoRALinear, Segments
+
+Layer = MixedLoRALinear | GroupedMixedLoRALinear
 
 
 class GateMeter:
@@ -29,9 +32,13 @@ class GateMeter:
     that add both adapters with weight 1 have no gate and report nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, GroupedMixedLoRALinear] | None = None
+    ) -> None:
+        """``layers``: by name, those of many clients that took the place of the model's own."""
         self._model = model
-        self._layers = {n: l for n, l in mixed_layers(model) if l.rest_of_world is not None}
+        found = dict(mixed_layers(model)) if layers is None else layers
+        self._layers = {n: each for n, each in found.items() if each.rest_of_world is not None}
         self._totals: dict[str, Tensor] = {}
         self._mask: Tensor | None = None
         self._handles: list[RemovableHandle] = []
@@ -39,8 +46,10 @@ class GateMeter:
     def __enter__(self) -> GateMeter:
         self._handles = [self._model.register_forward_pre_hook(self._see_mask, with_kwargs=True)]
         for name, layer in self._layers.items():
-            if layer.mixer is not None and layer.mixer.ndim == 2:
-                self._handles.append(layer.register_forward_pre_hook(self._watch(name)))
+            if layer.mixer is not None and _by_client(layer, layer.mixer).ndim == 3:
+                self._handles.append(
+                    layer.register_forward_pre_hook(self._watch(name, layer.mixer))
+                )
         return self
 
     def __exit__(
@@ -53,19 +62,23 @@ class GateMeter:
             handle.remove()
         self._mask = None
 
-    def means(self) -> dict[str, float]:
-        """By layer name, the individual adapter's mean gate; none of a layer that saw no token."""
+    def means(self, client: int = 0) -> dict[str, float]:
+        """By layer name, the individual adapter's mean gate; none of a layer that saw no token.
+
+        Args:
+            client: by number, where the layers have many.
+        """
         means = {}
         for name, layer in self._layers.items():
             if name in self._totals:
-                total, tokens = self._totals[name].tolist()
+                total, tokens = self._totals[name][client].tolist()
                 if tokens:
                     means[name] = total / tokens
             elif layer.fixed is not None:
                 means[name] = layer.fixed[0]
-            elif layer.mixer is not None and layer.mixer.ndim == 1:
-                mixer = layer.mixer.detach()
-                means[name] = mixer.to(sum_dtype(mixer.device)).softmax(0)[0].item()
+            elif layer.mixer is not None and (mixer := _by_client(layer, layer.mixer)).ndim == 2:
+                own = mixer[client].detach()
+                means[name] = own.to(sum_dtype(own.device)).softmax(0)[0].item()
         return means
 
     def _see_mask(
@@ -73,18 +86,35 @@ class GateMeter:
     ) -> None:
         self._mask = kwargs.get("attention_mask")
 
-    def _watch(self, name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+    def _watch(self, name: str, mixer: Tensor) -> Callable[[Any, tuple[Tensor, ...]], None]:
         @torch.no_grad()
-        def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
-            x, mixer = args[0], layer.mixer
-            gate = (x.to(mixer.dtype) @ mixer.T).softmax(-1)[..., 0]
+        def hook(layer: Layer, args: tuple[Tensor, ...]) -> None:
+            x, mixers = args[0], _by_client(layer, mixer)
+            flat = x.reshape(-1, x.shape[-1]).to(mixers.dtype)
+            whose = layer.segments_of if isinstance(layer, GroupedMixedLoRALinear) else None
+            segments = whose(x) if whose else Segments((len(flat),), None, None)
+            parts = list(segments.slices())
+            if not parts:  # an expert may see no token
+                return
+            flat = segments.sort(flat)
+            gates = [(flat[part] @ mixers[client].T).softmax(-1)[:, 0] for client, part in parts]
+            gate = segments.restore(torch.cat(gates)).view(x.shape[:-1])
             gate = gate.to(sum_dtype(gate.device))
             real = _real_tokens(self._mask, gate)
-            if real is not None:
-                seen = torch.stack([gate.masked_fill(~real, 0).sum(), real.sum()])
-                self._totals[name] = self._totals[name] + seen if name in self._totals else seen
+            if real is None:
+                return
+            both = torch.stack([gate.masked_fill(~real, 0).flatten(), real.flatten().to(gate)], 1)
+            both, seen = segments.sort(both), gate.new_zeros(len(mixers), 2)
+            for client, part in parts:
+                seen[client] = both[part].sum(0)
+            self._totals[name] = self._totals[name] + seen if name in self._totals else seen
 
         return hook
+
+
+def _by_client(layer: Layer, mixer: Tensor) -> Tensor:
+    """A layer's mixers, client by client: [C, 2, K], or [C, 2] where they ask no token."""
+    return mixer if isinstance(layer, GroupedMixedLoRALinear) else mixer[None]
 
 
 def _real_tokens(mask: Tensor | None, gate: Tensor) -> Tensor | None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fedalt.errors import InputError
 from fedalt.model.states import INDIVIDUAL, mixed_layers
 from fedalt_kernels import GroupedMixedLoRALinear, MixedLoRALinear, Segments
+
+
+class HiddenRows(InputError):
+    """A layer does not see a batch's rows in their order, so that nobody knows whose they are."""
 
 
 class ClientRows:
@@ -23,6 +28,7 @@ class ClientRows:
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self.hook: RemovableHandle | None = None  # by which it is told of the model's calls
         self._batch: Segments | None = None
         self._calls: set[int] = set()  # rows that a layer may see flattened
         self._made: dict[tuple[int, torch.device], Segments] = {}
@@ -48,7 +54,7 @@ class ClientRows:
         if self._batch is None:
             raise InputError("clients must be named: call the model with clients=[...]")
         if x.ndim < 3 and len(x) not in self._calls:
-            raise InputError(
+            raise HiddenRows(
                 "lora.target_modules: a layer sees tokens in an order of its own, as experts do, "
                 "so their clients are not known; use fedalt.load_client"
             )
@@ -56,6 +62,11 @@ class ClientRows:
         if key not in self._made:
             self._made[key] = self._batch.of_rows(*key)
         return self._made[key]
+
+
+def whose(rows: ClientRows | None, clients: Sequence[int]) -> AbstractContextManager[None]:
+    """``rows.of(clients)``, or nothing where a model has one client."""
+    return nullcontext() if rows is None else rows.of(clients)
 
 
 def stack_clients(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> ClientRows:
@@ -81,7 +92,7 @@ def stack_clients(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> C
         for name in names[layer]:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, stacked)
-    model.register_forward_pre_hook(rows.see, with_kwargs=True)
+    rows.hook = model.register_forward_pre_hook(rows.see, with_kwargs=True)
     return rows
 
 

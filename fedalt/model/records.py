@@ -9,15 +9,12 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedalt.model.grouped import HiddenRows
 from fedalt.model.states import State, mixed_layers
 from fedalt_kernels import Adapter, MixedLoRALinear, Segments, apply_stacked
 
 BY_LENGTH = ("dynamic", "longrope")
 """Rotary embeddings that depend on a batch's longest text."""
-
-
-class RowsHidden(Exception):
-    """A layer does not see a batch's rows as such, so that nobody knows whose tokens are whose."""
 
 
 def keeps_rows_apart(model: nn.Module) -> bool:
@@ -43,7 +40,7 @@ def own_adapters(model: nn.Module, rows: int) -> Iterator[State]:
         The trained tensors' copies, by name.
 
     Raises:
-        RowsHidden: from the model's forward, where a layer's x is not [rows, ..., K].
+        HiddenRows: from the model's forward, where a layer's x is not [rows, ..., K].
     """
     segments = Segments.of(range(rows), rows)
     copies: State = {}
@@ -68,6 +65,6 @@ def own_adapters(model: nn.Module, rows: int) -> Iterator[State]:
 
 def _forward(layer: MixedLoRALinear, own: State, segments: Segments, x: Tensor) -> Tensor:
     if x.ndim < 3 or len(x) != len(segments.sizes):
-        raise RowsHidden
+        raise HiddenRows
     adapters = [Adapter(own[f"{name}.a"], own[f"{name}.b"]) for name in layer.names]
     return apply_stacked(layer, x, adapters, own.get("mixer"), segments)

@@ -47,7 +47,7 @@ def _runs(events: Iterable[Event], results: Mapping[str, Any]) -> dict[str, list
     for kind, group in (("client", results), ("unseen", results.get("unseen"))):
         for name in group["clients"] if group else ():
             own = (event for event in events if event.get("client") == name)
-            runs[f"{kind}-{name}"] = [scalar for event in own for scalar in _scalars(event)]
+            runs[f"{kind}-{name}"] = [scalar for event in own for scalar in scalars_of(event)]
     runs["mean"] = [
         ("traffic/so_far" if name == "bytes" else f"test/{name}", value, row["round"])
         for row in results["curve"]
@@ -57,7 +57,7 @@ def _runs(events: Iterable[Event], results: Mapping[str, Any]) -> dict[str, list
     return runs
 
 
-def _scalars(event: Event) -> Iterator[Scalar]:
+def scalars_of(event: Event) -> Iterator[Scalar]:
     """What one event has to draw; ids, reasons and answers are not drawn."""
     if event["event"] == "answers":
         return

@@ -3,6 +3,7 @@
 from fedalt.run.cohort import drawn, late
 from fedalt.run.comparison import compare
 from fedalt.run.federation import Federation
+from fedalt.run.groups import most_together
 from fedalt.run.join import folder_of, join_run, joined_clients, score
 from fedalt.run.ledger import Ledger
 from fedalt.run.rounds import size_of
@@ -24,6 +25,7 @@ __all__ = [
     "join_run",
     "joined_clients",
     "late",
+    "most_together",
     "put_adapters",
     "record_of",
     "refuse_changed",

@@ -14,8 +14,10 @@ from fedalt.config import Config
 from fedalt.errors import RunFailed
 from fedalt.methods import get_method
 from fedalt.report import count
+from fedalt.run.groups import Groups
 from fedalt.run.join import fit_in
 from fedalt.run.ledger import Ledger
+from fedalt.run.reporter import Reporter
 from fedalt.run.rounds import Play
 from fedalt.run.scoring import begin, evaluate_clients, record_of, refuse_changed, write_end
 from fedalt.run.stage import Stage, set_stage
@@ -74,13 +76,16 @@ class Federation:
         if config.threads:
             torch.set_num_threads(config.threads)
         out, began = claim_run_dir(config, resume), time.perf_counter()
+        reporter = Reporter(config, out)
         stage = set_stage(config)
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out):
-            return self._run(stage, out, resume, began)
+            return self._run(stage, out, resume, began, reporter)
 
-    def _run(self, stage: Stage, out: Path, resume: bool, began: float) -> Result:
+    def _run(
+        self, stage: Stage, out: Path, resume: bool, began: float, reporter: Reporter
+    ) -> Result:
         config = self.config
         saved = load_latest(out) if resume else None
         if saved:
@@ -90,8 +95,14 @@ class Federation:
         done = saved.round if saved else -1
         micro_batch = saved.record.get("micro_batch") if saved else config.train.micro_batch
         kept = saved.record["metrics_bytes"] if saved else 0
+        groups = Groups(stage, saved.record.get("together") if saved else None)
         ledger = Ledger(config, stage.known, saved.record.get("spent", {}) if saved else {})
-        with Journal(out, kept) as journal, _progress(stage, max(done, 0)) as progress:
+        with (
+            Journal(out, kept) as journal,
+            _progress(stage, max(done, 0)) as progress,
+            reporter.opened(progress.say) as tell,
+        ):
+            tell(done)
             if done < config.rounds:
                 journal.start(done + 1, time.perf_counter() - began, _device(stage))
                 progress.say(_opening(stage, out, done + 1))
@@ -102,7 +113,9 @@ class Federation:
                 if saved is None:
                     sent = begin(stage, draft)
                 else:
-                    play = Play(stage, number, saved, draft, journal, progress, micro_batch, ledger)
+                    play = Play(
+                        stage, number, saved, draft, journal, progress, micro_batch, groups, ledger
+                    )
                     sent, micro_batch = play.run(), play.micro_batch
                 last = number == config.rounds or ledger.closed()
                 if number % config.evaluate.every == 0 or last:
@@ -110,10 +123,12 @@ class Federation:
                     stage.cuts.tell()
                 journal.sync()
                 record = record_of(stage, journal, sent, micro_batch, ledger)
+                record["together"] = groups.most
                 started = time.perf_counter()
                 saved = draft.commit(record, keep=config.save_total_limit)
                 journal.time(number, "save", "", time.perf_counter() - started)
                 progress.end_round(number)
+                tell(number)
             assert saved is not None
             for member in stage.unseen:
                 try:

@@ -18,7 +18,6 @@ from fedalt.methods import get_method, mean
 from fedalt.model import (
     INDIVIDUAL,
     REST_OF_WORLD,
-    GateMeter,
     State,
     adapter_alone,
     adapter_state,
@@ -28,6 +27,7 @@ from fedalt.model import (
 )
 from fedalt.report import read_results, unseen_table
 from fedalt.run.cohort import derive_seed
+from fedalt.run.scores import score
 from fedalt.run.stage import NEWCOMER, Member, Stage
 from fedalt.store import SERVER, Checkpoint, load_run, write_atomic, write_state, writing
 from fedalt.training import train_client
@@ -35,14 +35,6 @@ from fedalt.training import train_client
 JOINED = "joined"
 NEAREST = 3
 """How many of the known clients' individual LoRAs ``join_start: nearest`` takes the mean of."""
-
-
-def score(
-    stage: Stage, member: Member, meter: GateMeter | None = None, kept: Answers | None = None
-) -> dict[str, float]:
-    """A client's scores on its test records, with the state that the model holds."""
-    examples = stage.examples(member)
-    return stage.task.evaluate(stage.model, examples.test, examples.test_records, meter, kept)
 
 
 def told(stage: Stage, member: Member, kept: Answers) -> dict[str, Any]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedalt.errors import RunFailed
+from fedalt.errors import RunFailed, first_line
 from fedalt.methods import Clipped, Combined, Round, Update, change_norm, out_of_proportion
-from fedalt.model import INDIVIDUAL, select
+from fedalt.model import INDIVIDUAL, HiddenRows, select
 from fedalt.run.cohort import derive_seed, drawn, late
+from fedalt.run.groups import Groups
 from fedalt.run.ledger import Ledger
 from fedalt.run.stage import BASE, NEWCOMER, Member, Stage
-from fedalt.run.turns import installed, turn
+from fedalt.run.turns import Turn, installed, turn, turns_together
 from fedalt.store import (
     CLIENTS,
     COUNTED,
@@ -29,10 +30,14 @@ from fedalt.store import (
     Progress,
     StoredState,
 )
-from fedalt.training import UnusedLayers
+from fedalt.training import NotTogether, UnusedLayers, free_memory, out_of_memory
 
 TRAINED, UPDATE = "trained", "update"
 """Groups of the draft that live for one round."""
+ONE_BY_ONE = (
+    "train.together: this model has layers that do not see a batch's rows in their order, or that "
+    "no gradient reached; clients train one by one"
+)
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Play:
     Attributes:
         before: the checkpoint that the round starts from; ``draft``: the one that it writes.
         micro_batch: the examples that memory holds at once, so far as it is known; None: a batch.
+        groups: who trains with whom.
         ledger: what each client's records have spent of their privacy.
         finished: by id, the clients whose training counts, with the norm of their change.
         told: by id, what their training said.
@@ -55,6 +61,7 @@ class Play:
     journal: Journal
     progress: Progress
     micro_batch: int | None
+    groups: Groups
     ledger: Ledger
     finished: dict[str, float] = field(default_factory=dict)
     told: dict[str, Mapping[str, float]] = field(default_factory=dict)
@@ -73,7 +80,11 @@ class Play:
         members = {member.id: member for member in self.stage.known}
         self.stage.load_base(self.before)
         cast = drawn(list(members), self.number, self.stage.config)
-        reasons = [reason for id in cast if (reason := self._train(members[id]))]
+        groups = self.groups.of([members[id] for id in cast])
+        reasons = [reason for group in groups for reason in self._train_group(group)]
+        # Of the order of the groups no trace is left.
+        self.finished = {id: self.finished[id] for id in cast if id in self.finished}
+        self.updates = {id: self.updates[id] for id in cast if id in self.updates}
         if len(reasons) == len(members):
             raise RunFailed(f"round {self.number}: no client could train; {reasons[0]}")
         started = time.perf_counter()
@@ -93,6 +104,41 @@ class Play:
         self.journal.time(self.number, "combine", "", time.perf_counter() - started)
         return {**self.before.record["sent"], **dict.fromkeys(self.updates, self.number)}
 
+    def _train_group(self, members: Sequence[Member]) -> list[str]:
+        """Train clients in one pass; of each that failed or was refused, why.
+
+        Where they cannot all go together, or something fails, each half is trained anew.
+        """
+        if len(members) == 1:
+            return [reason] if (reason := self._train(members[0])) else []
+        started = time.perf_counter()
+        states = [self.before.next(member.id) for member in members]
+        half = (len(members) + 1) // 2
+        try:
+            turns = turns_together(
+                self.stage,
+                members,
+                self.number,
+                [state.read() for state in states],
+                [self._moments(member.id) for member in members],
+                self.progress.step,
+            )
+        except (NotTogether, HiddenRows):
+            self.groups.most = half = 1
+            self.progress.say(ONE_BY_ONE)
+        except Exception as error:  # one client's fault, or that of their number
+            self.progress.say(f"{len(members)} clients not trained together: {first_line(error)}")
+            if out_of_memory(error):
+                self.groups.most = half
+        else:
+            seconds = (time.perf_counter() - started) / len(members)
+            taken = zip(members, states, turns, strict=True)
+            return [reason for each in taken if (reason := self._take(*each, seconds))]
+        # Out of the except clause the error is gone, and with it the frames that hold tensors.
+        free_memory(self.stage.model)
+        parts = [members[start : start + half] for start in range(0, len(members), half)]
+        return [reason for part in parts for reason in self._train_group(part)]
+
     def _train(self, member: Member) -> str:
         """Train one client and take its update in; or why it failed or was refused."""
         stage, client, started = self.stage, member.id, time.perf_counter()
@@ -100,16 +146,13 @@ class Play:
             self.journal.write("spent", self.number, client, reason=reason)
             return f"{client}: {reason}"
         state = self.before.next(client)
-        moments: Mapping[str, Tensor] = {}
-        if stage.method.keeps_optimizer and self.before.has(OPTIMIZER, client):
-            moments = self.before.state(OPTIMIZER, client)
         try:
             done = turn(
                 stage,
                 member,
                 self.number,
                 state.read(),
-                moments,
+                self._moments(client),
                 self.micro_batch,
                 self.progress.step,
             )
@@ -120,7 +163,17 @@ class Play:
         self.micro_batch = done.micro_batch
         if told := self.ledger.add(client, int(done.told["steps"])):
             self.journal.write("privacy", self.number, client, **told)
-        known = stage.sent_part(client, state)
+        return self._take(member, state, done, time.perf_counter() - started)
+
+    def _moments(self, client: str) -> Mapping[str, Tensor]:
+        if self.stage.method.keeps_optimizer and self.before.has(OPTIMIZER, client):
+            return self.before.state(OPTIMIZER, client)
+        return {}
+
+    def _take(self, member: Member, state: StoredState, done: Turn, seconds: float) -> str:
+        """Take in what a client has trained; or why it was refused."""
+        client = member.id
+        known = self.stage.sent_part(client, state)
         if reason := done.fault(state, known):
             self.journal.write("refuse", self.number, client, reason=reason)
             return f"{client}: {reason}"
@@ -131,7 +184,7 @@ class Play:
             self.updates[client] = self.draft.put(UPDATE, client, done.update)
         self.finished[client] = change_norm(done.update, known)
         self.told[client] = done.told
-        self.journal.time(self.number, "train", client, time.perf_counter() - started)
+        self.journal.time(self.number, "train", client, seconds)
         return ""
 
     def _refuse_the_unlike(self) -> None:

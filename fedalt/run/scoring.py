@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.errors import InputError, RunFailed
-from fedalt.evaluation import Answers
-from fedalt.model import INDIVIDUAL, REST_OF_WORLD, GateMeter, adapter_alone, load_adapter_state
+from fedalt.model import INDIVIDUAL, REST_OF_WORLD
 from fedalt.report import read_results, write_report
-from fedalt.run.join import score, told
+from fedalt.run.join import told
 from fedalt.run.ledger import Ledger
-from fedalt.run.stage import Member, Stage
+from fedalt.run.scores import score_clients, scoring_groups
+from fedalt.run.stage import Stage
 from fedalt.store import (
     CLIENTS,
     NEXT,
@@ -29,7 +29,6 @@ from fedalt.store import (
     write_atomic,
     writing,
 )
-from fedalt.training import out_of_memory
 
 
 def begin(stage: Stage, draft: Draft) -> dict[str, int]:
@@ -64,41 +63,33 @@ def evaluate_clients(
     Before the first round and after the last one, some answers are kept.
     """
     apart = stage.method.rest_of_world and stage.config.evaluate.parts
-    parts = (INDIVIDUAL, REST_OF_WORLD) if last else ()
-    ends = last or number == 0
+    parts = (INDIVIDUAL, REST_OF_WORLD) if last and apart else ()
+    shown = stage.config.evaluate.answers if last or number == 0 else None
     stage.load_base(draft)
-    for member in stage.known:
+    for members in scoring_groups(stage):
         started = time.perf_counter()
-        load_adapter_state(stage.model, draft.state(CLIENTS, member.id).read())
-        meter = GateMeter(stage.model)
-        kept = Answers(stage.config.evaluate.answers) if ends else None
-        try:
-            scores = score(stage, member, meter, kept)
-            alone = {part: _score_alone(stage, member, part) for part in parts if apart}
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            size = stage.config.evaluate.batch_size
-            if number == 0:
-                raise RunFailed(
-                    f"out of memory while scoring {member.id}; lower evaluate.batch_size ({size})"
-                ) from None
-            journal.fail(number, member.id, error)
-            continue
-        journal.write("evaluate", number, member.id, **scores)
-        if kept is not None:
-            journal.write("answers", number, member.id, **told(stage, member, kept))
-        if stage.method.rest_of_world:
-            journal.write("gates", number, member.id, layers=meter.means())
-        for part, own in alone.items():
-            journal.write("part", number, member.id, part=part, **own)
-        journal.time(number, "evaluate", member.id, time.perf_counter() - started)
-        progress.evaluated(member.id, scores)
-
-
-def _score_alone(stage: Stage, member: Member, part: str) -> dict[str, float]:
-    with adapter_alone(stage.model, part):
-        return score(stage, member)
+        states = [draft.state(CLIENTS, member.id).read() for member in members]
+        found = score_clients(stage, members, states, parts, shown)
+        seconds = (time.perf_counter() - started) / len(members)
+        for member, scored in zip(members, found, strict=True):
+            if isinstance(scored, BaseException):
+                size = stage.config.evaluate.batch_size
+                if number == 0:
+                    raise RunFailed(
+                        f"out of memory while scoring {member.id}; lower evaluate.batch_size "
+                        f"({size})"
+                    ) from None
+                journal.fail(number, member.id, scored)
+                continue
+            journal.write("evaluate", number, member.id, **scored.scores)
+            if scored.kept is not None:
+                journal.write("answers", number, member.id, **told(stage, member, scored.kept))
+            if stage.method.rest_of_world:
+                journal.write("gates", number, member.id, layers=scored.gates)
+            for part, own in scored.alone.items():
+                journal.write("part", number, member.id, part=part, **own)
+            journal.time(number, "evaluate", member.id, seconds)
+            progress.evaluated(member.id, scored.scores)
 
 
 def record_of(

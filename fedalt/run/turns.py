@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from fedalt.methods import Method, fault
 from fedalt.model import State, adapter_state, load_adapter_state, select
 from fedalt.run.cohort import derive_seed
 from fedalt.run.stage import Member, Stage
-from fedalt.training import train_client
+from fedalt.training import Trainee, TrainResult, train_client, train_together
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,51 @@ def turn(
         privacy=config.privacy,
         on_step=on_step,
     )
-    trained = adapter_state(stage.model)
+    return _turn(stage, client, adapter_state(stage.model), result)
+
+
+def turns_together(
+    stage: Stage,
+    members: Sequence[Member],
+    number: int,
+    states: Sequence[Mapping[str, Tensor]],
+    moments: Sequence[Mapping[str, Tensor]],
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Turn]:
+    """As ``turn`` of each of several clients, of one rank and training the same, in one pass.
+
+    Raises:
+        NotTogether, HiddenRows: this model's clients have to train one by one.
+    """
+    config, keeps = stage.config, stage.method.keeps_optimizer
+    trainees = [
+        Trainee(
+            state,
+            stage.examples(member).train,
+            derive_seed(config.seed, number, member.id),
+            kept if keeps else None,
+        )
+        for member, state, kept in zip(members, states, moments, strict=True)
+    ]
+    results = train_together(
+        stage.model,
+        trainees,
+        config.train,
+        stage.task.losses,
+        trains=stage.trains(members[0].id),
+        length=stage.task.length,
+        count=stage.task.count,
+        on_step=on_step,
+    )
+    return [
+        _turn(stage, member.id, trained, result)
+        for member, (trained, result) in zip(members, results, strict=True)
+    ]
+
+
+def _turn(stage: Stage, client: str, trained: State, result: TrainResult) -> Turn:
     told: dict[str, float] = {"loss": result.loss, "steps": result.steps}
-    if result.micro_batch and result.micro_batch < config.train.batch_size:
+    if result.micro_batch and result.micro_batch < stage.config.train.batch_size:
         told["micro_batch"] = result.micro_batch
     update = hand_in(trained, stage.sends(client), client)
     return Turn(trained, update, result.optimizer, told, result.micro_batch)

@@ -66,8 +66,8 @@ def sole_writer(out: Path, patience: float = 0) -> Iterator[None]:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Every setting that a resume must find as it was: all but where the run is kept."""
-    return {key: value for key, value in config.flat().items() if key != "out"}
+    """Every setting that a resume must find as it was: all but where the run is kept and told."""
+    return {k: v for k, v in config.flat().items() if k not in ("out", "report_to")}
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

@@ -98,14 +98,14 @@ def train_client(
         ):
             torch.manual_seed(seed)
             for position, parts in enumerate(trains):
-                share = steps * (position + 1) // len(trains) - steps * position // len(trains)
+                share = share_of(steps, position, len(trains))
                 set_trainable(model, parts)
                 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
                 if not trained or not share:
                     continue
                 watch = UnusedWatch(model)
                 with optimizing(trained, config, optimizer or {}) as adamw:
-                    schedule = LambdaLR(adamw, _schedule(share, config))
+                    schedule = LambdaLR(adamw, schedule_of(share, config))
                     for _ in range(share):
                         if private:
                             batch = private.batch()
@@ -130,13 +130,19 @@ def train_client(
     return TrainResult(total.item() / max(done, 1), done, moments, size)
 
 
-def _schedule(steps: int, config: TrainConfig) -> Callable[[int], float]:
-    return lambda step: learning_rate_factor(step, steps, config)
+def share_of(steps: int, position: int, groups: int) -> int:
+    """Of a round's steps, those of one of several groups of parts, by its position."""
+    return steps * (position + 1) // groups - steps * position // groups
 
 
 def count_steps(examples: int, config: TrainConfig) -> int:
     """Optimizer steps of one client's round."""
     return config.max_steps or config.epochs * math.ceil(examples / config.batch_size)
+
+
+def schedule_of(steps: int, config: TrainConfig) -> Callable[[int], float]:
+    """The factor of the learning rate at each of so many steps."""
+    return lambda step: learning_rate_factor(step, steps, config)
 
 
 def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:

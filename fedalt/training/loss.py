@@ -134,14 +134,18 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def class_loss(model: nn.Module, pixels: Tensor, labels: Sequence[int]) -> Tensor:
+def class_loss(
+    model: nn.Module, pixels: Tensor, labels: Sequence[int], reduction: str = "mean"
+) -> Tensor:
     """Mean cross entropy of the classes in nats.
 
     Args:
         model: an image classifier.
         pixels: [B, C, H, W], as its processor makes them.
         labels: by row, the class's row in the model's head.
+        reduction: ``none``: of each image [B].
     """
     weight = next(model.parameters())
     logits = model(pixel_values=pixels.to(weight.device, weight.dtype)).logits
-    return nn.functional.cross_entropy(logits.float(), torch.tensor(labels, device=logits.device))
+    wanted = torch.tensor(labels, device=logits.device)
+    return nn.functional.cross_entropy(logits.float(), wanted, reduction=reduction)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedalt.config import PrivacyConfig
 from fedalt.errors import InputError, not_installed
-from fedalt.model import HEAD, RowsHidden, State, keeps_rows_apart, part_of, sum_dtype
+from fedalt.model import HEAD, HiddenRows, State, keeps_rows_apart, part_of, sum_dtype
 from fedalt.training.micro import Count, Loss, free_memory, out_of_memory
 from fedalt.training.records import record_gradients
 
@@ -108,7 +108,7 @@ class PrivateSteps:
             part, fewer = rest[: self._at_once], 0
             try:
                 found = record_gradients(model, trained, part, self._loss, self._count)
-            except RowsHidden:
+            except HiddenRows:
                 fewer = 1
             except (RuntimeError, MemoryError) as error:
                 if len(part) == 1 or not out_of_memory(error):

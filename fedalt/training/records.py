@@ -30,7 +30,7 @@ def record_gradients(
         batch: at least one record.
 
     Raises:
-        RowsHidden: as ``own_adapters``.
+        HiddenRows: as ``own_adapters``.
     """
     if len(batch) == 1:
         mean = loss(model, batch)

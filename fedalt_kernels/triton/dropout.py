@@ -18,18 +18,24 @@ from .primitives import MASK_GROUP
 BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["length"])
-def _mask_words(seed, words, threshold, length, BLOCK: tl.constexpr):
-    o_word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    counter = o_word.to(tl.uint64)
+@triton.jit
+def mask_bits(seed, counter, threshold):
+    """The words of these calls of the generator: bit j tells whether its byte j is kept."""
     zero = counter * 0
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), counter, zero, zero, zero)
-    bits = tl.zeros((BLOCK,), tl.int32)
+    w0, w1, w2, w3 = tl.philox(seed, counter, zero, zero, zero)
+    bits = tl.zeros(counter.shape, tl.int32)
     for octet in tl.static_range(8):
         bits |= (((w0 >> 8 * octet) & 255).to(tl.int32) >= threshold).to(tl.int32) << octet
         bits |= (((w1 >> 8 * octet) & 255).to(tl.int32) >= threshold).to(tl.int32) << 8 + octet
         bits |= (((w2 >> 8 * octet) & 255).to(tl.int32) >= threshold).to(tl.int32) << 16 + octet
         bits |= (((w3 >> 8 * octet) & 255).to(tl.int32) >= threshold).to(tl.int32) << 24 + octet
+    return bits
+
+
+@triton.jit(do_not_specialize=["length"])
+def _mask_words(seed, words, threshold, length, BLOCK: tl.constexpr):
+    o_word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bits = mask_bits(tl.load(seed), o_word.to(tl.uint64), threshold)
     tl.store(words + o_word, bits, mask=o_word < length)
 
 

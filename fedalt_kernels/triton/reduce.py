@@ -31,7 +31,7 @@ MOST_SHARES = 8
 
 
 @triton.jit
-def _reduce_share(
+def reduce_share(
     at,
     share,
     rank,
@@ -203,7 +203,7 @@ def _reduce(
     PIECES: tl.constexpr = TILES * ((SPAN + BLOCK_R - 1) // BLOCK_R)
     program = tl.program_id(0)
     if program < PIECES * count:
-        _reduce_share(
+        reduce_share(
             program % TILES * BLOCK_C,
             program // TILES % count,
             program // TILES // count * BLOCK_R,

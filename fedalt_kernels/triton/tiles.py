@@ -218,6 +218,13 @@ def tile_for(
     return tile, even and arch in DESCRIBES
 
 
+def tile_through_pointers(kernel: str, x: Tensor) -> Tile:
+    """A kernel's tile where clients' rows begin anywhere, which no descriptor allows."""
+    if architecture(x.device) == "interpreter":
+        return INTERPRETED[kernel]["half"]
+    return (SINGLE if x.dtype == torch.float32 else ODD)[kernel]
+
+
 @cache
 def tuned(device: torch.device) -> dict[str, Kinds]:
     """The tiles that were measured on this kind of device; empty where none were."""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedalt.config.schema import BUILTIN_VIT, DataConfig, ModelConfig
 from fedalt.data import ImageRecord, Record
-from fedalt.evaluation import evaluate
+from fedalt.evaluation import Examined, evaluate
 from fedalt.model.gates import GateMeter
 from fedalt.run.stage import load_model
 from fedalt.training.client import train_client
@@ -100,7 +100,7 @@ def test_a_client_is_trained_and_scored_without_float64(
         trained = train_client(
             model, examples, settings, task.loss, trains=[("individual", "mixer")], seed=0
         )
-        scores = task.evaluate(model, examples, records, meter)
+        (scores,) = task.evaluate(model, [Examined(examples, records)], meter)
         gates = meter.means()
     assert trained.loss > 0
     assert scores["loss"] > 0

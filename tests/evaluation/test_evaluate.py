@@ -129,7 +129,8 @@ def test_scores_of_questions(base, monkeypatch):
     assert list(scores)[4:] == ["loss", "accuracy", "choice", "choice_norm"]
     assert scores["accuracy"] == pytest.approx(100 * 2 / 3)
     assert scores["exact_match"] == pytest.approx(100 / 3)
-    wanted = evaluate.choice_scores(model, tokenizer, examples, QUESTIONS, 1)
+    nats = evaluate.option_nats(model, tokenizer, examples, QUESTIONS, 1)
+    wanted = evaluate.choice_scores(QUESTIONS, nats)
     assert {name: scores[name] for name in wanted} == wanted
     mixed = [*QUESTIONS[:2], Record("what", "a")]
     scores = evaluate_text(model, tokenizer, examples, mixed, EvaluateConfig())

@@ -82,7 +82,10 @@ def test_nats_are_those_of_each_option_alone(base, batch_size):
 def test_scores_do_not_depend_on_the_batch(base):
     model, tokenizer = base
     examples = encode(QUESTIONS, tokenizer, DataConfig())
-    one, many = (choice_scores(model, tokenizer, examples, QUESTIONS, size) for size in (1, 64))
+    one, many = (
+        choice_scores(QUESTIONS, option_nats(model, tokenizer, examples, QUESTIONS, size))
+        for size in (1, 64)
+    )
     assert one == many
     nats = [alone(model, tokenizer, record) for record in QUESTIONS]
     right = norm = 0
@@ -144,7 +147,8 @@ def scores_of(tokenizer, probabilities, output, options):
     assert table[0] > 0
     records = [Record("q", output, options=options)]
     examples = encode(records, tokenizer, DataConfig())
-    scores = choice_scores(Unigram(table, len(tokenizer)), tokenizer, examples, records, 8)
+    nats = option_nats(Unigram(table, len(tokenizer)), tokenizer, examples, records, 8)
+    scores = choice_scores(records, nats)
     return scores["choice"], scores["choice_norm"]
 
 

@@ -108,12 +108,16 @@ def pooled(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check(
-    case: Case, sizes: tuple[int, ...], shuffled: bool, function: Callable[..., Tensor] = grouped
+    case: Case,
+    sizes: tuple[int, ...],
+    shuffled: bool,
+    function: Callable[..., Tensor] = grouped,
+    draws: int = 0,
 ) -> None:
     clients = rows_of(sizes, shuffled)
     case = replace(case, m=len(clients))
     # Of a few rows, eager's error is luck; as `parity.check`, but for every client.
-    draws = max(8, 64 // min((size for size in sizes if size), default=8))
+    draws = draws or max(8, 64 // min((size for size in sizes if size), default=8))
     inputs = [many(case, len(sizes), draw) for draw in range(draws)]
     wide = [each.in_float64() for each in inputs]
     truth = pooled([results(each, looped(each, clients, case.dropout)) for each in wide])
@@ -299,4 +303,4 @@ def test_refusals_name_the_argument() -> None:
     refuse(r"adapters must be 1 to 8, got 0", adapters=[])
     refuse(r"seeds must be 3, one a client, got 2", seeds=[1, 2])
     refuse(r"seed must be in \[0, 2\*\*63\), got -1", seeds=[1, 2, -1])
-    refuse(r"impl must be one of auto, torch, reference, got 'triton'", impl="triton")
+    refuse(r"impl must be one of auto, torch, triton, reference, got 'cuda'", impl="cuda")

@@ -108,8 +108,8 @@ def test_refusals_name_the_argument() -> None:
     base = torch.nn.Linear(4, 4)
     with pytest.raises(ValueError, match="clients must be an integer of at least 1, got 0"):
         GroupedMixedLoRALinear(base, 0)
-    with pytest.raises(ValueError, match="impl must be one of auto, torch, reference"):
-        GroupedMixedLoRALinear(base, 2, impl="triton")
+    with pytest.raises(ValueError, match="impl must be one of auto, torch, triton, reference"):
+        GroupedMixedLoRALinear(base, 2, impl="cuda")
     with pytest.raises(ValueError, match="clients must be named"):
         GroupedMixedLoRALinear(base, 2)(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="generators must be 2, one a client, got 0"):

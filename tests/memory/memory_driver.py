@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fedalt.config.settings import load_config
+from fedalt.evaluation import Examined
 from fedalt.memory.assumed import assume
 from fedalt.methods.fedalt import get_method
 from fedalt.run.stage import load_model
@@ -52,7 +53,8 @@ def peak_of(config, group):
         )
 
     def evaluate(count):
-        task.evaluate(model, [assumed.test_example] * count, [assumed.test_record] * count)
+        tested = Examined([assumed.test_example] * count, [assumed.test_record] * count)
+        task.evaluate(model, [tested])
 
     work = {"train": train, "evaluate": evaluate}[group]
     work(2)  # libraries load and set themselves up

@@ -256,6 +256,19 @@ def test_the_largest_rank_counts(tiny):
     assert larger == 4 * usual
 
 
+def test_clients_that_train_together_each_take_what_one_does(tiny, capsys):
+    """The adapted layers keep of two clients twice as much, and AdamW has twice the moments."""
+    one, two = (
+        Rehearsal(each).training(each.train, "none")
+        for each in (load_config(tiny, (f"train.together={count}",)) for count in (1, 2))
+    )
+    assert two[Kind.OPTIMIZER] == 2 * one[Kind.OPTIMIZER]
+    assert 1.9 * one[Kind.ADAPTED] <= two[Kind.ADAPTED] <= 2.2 * one[Kind.ADAPTED]
+    lines = told([tiny, "-c", "train.together=2"], capsys)
+    assert "training on 2 clients of" in lines
+    assert "train.together=1" in lines
+
+
 def test_a_checkpoint_of_few_bits_is_refused(tiny, tiny_base, tmp_path, capsys):
     shutil.copytree(tiny_base, tmp_path / "packed")
     path = tmp_path / "packed" / "config.json"
