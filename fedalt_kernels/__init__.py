@@ -3,7 +3,7 @@
 from .api import Adapter, mixed_lora_linear
 from .fp8 import Fp8Linear
 from .grouped_api import mixed_lora_linear_grouped
-from .grouped_layer import GroupedMixedLoRALinear
+from .grouped_layer import GroupedMixedLoRALinear, apply_stacked
 from .layer import MixedLoRALinear, unused_layers
 from .quantized import QuantizedWeight
 from .segments import Segments
@@ -16,6 +16,7 @@ __all__ = [
     "QuantizedWeight",
     "Segments",
     "__version__",
+    "apply_stacked",
     "mixed_lora_linear",
     "mixed_lora_linear_grouped",
     "unused_layers",

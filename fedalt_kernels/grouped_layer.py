@@ -119,27 +119,45 @@ class GroupedMixedLoRALinear(FrozenBase):
             if self.segments_of is None:
                 raise ValueError("clients must be named: this layer serves many")
             clients = self.segments_of(x)
-        bias = self.bias
-        if self.quantized and bias is not None:
-            bias = bias.to(x.dtype)
-        mixer, adapters = self.mixer, self.adapters
-        if mixer is not None and mixer.ndim == 2:  # g B A is the adapter (A, g B) with weight 1
-            gates = torch.softmax(mixer, 1)[..., None, None].unbind(1)  # E of [C, 1, 1]
-            adapters = tuple([Adapter(a, g * b) for g, (a, b) in zip(gates, adapters, strict=True)])
-            mixer = None
-        return mixed_lora_linear_grouped(
-            x,
-            self.weight,
-            bias,
-            adapters,
-            self.fixed if mixer is None else mixer,
-            clients,
-            scaling=self.scaling,
-            dropout_p=self.dropout if self.training else 0.0,
-            seeds=seeds,
-            impl=self.impl,
-        )
+        return apply_stacked(self, x, self.adapters, self.mixer, clients, seeds, self.impl)
 
     def extra_repr(self) -> str:
         rank, alpha, dropout = self.rank, self.alpha, self.dropout
         return f"clients={self.clients}, rank={rank}, alpha={alpha}, dropout={dropout}"
+
+
+def apply_stacked(
+    layer: MixedLoRALinear | GroupedMixedLoRALinear,
+    x: Tensor,
+    adapters: Sequence[Adapter],
+    mixer: Tensor | None,
+    clients: Segments | Tensor | Sequence[int],
+    seeds: Tensor | Sequence[int] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """A layer's base and settings, with stacked adapters and mixers in the place of its own.
+
+    Args:
+        adapters: of ``Adapter(a [C, r, K], b [C, N, r])``, in the order of the mixer's rows.
+        mixer: [C, E, K] or [C, E]; None for the layer's fixed gates.
+        x, clients, seeds, impl: as in `mixed_lora_linear_grouped`.
+    """
+    bias = layer.bias
+    if layer.quantized and bias is not None:
+        bias = bias.to(x.dtype)
+    if mixer is not None and mixer.ndim == 2:  # g B A is the adapter (A, g B) with weight 1
+        gates = torch.softmax(mixer, 1)[..., None, None].unbind(1)  # E of [C, 1, 1]
+        adapters = [Adapter(a, g * b) for g, (a, b) in zip(gates, adapters, strict=True)]
+        mixer = None
+    return mixed_lora_linear_grouped(
+        x,
+        layer.weight,
+        bias,
+        adapters,
+        layer.fixed if mixer is None else mixer,
+        clients,
+        scaling=layer.scaling,
+        dropout_p=layer.dropout if layer.training else 0.0,
+        seeds=seeds,
+        impl=impl,
+    )

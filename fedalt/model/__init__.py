@@ -13,6 +13,7 @@ from fedalt.model.gates import GateMeter
 from fedalt.model.gguf import gguf_options
 from fedalt.model.grouped import ClientRows, HiddenRows, stack_clients, whose
 from fedalt.model.logits import mark_chunkable
+from fedalt.model.records import keeps_rows_apart, own_adapters
 from fedalt.model.stacked import clients_in, stacked_clients
 from fedalt.model.states import (
     HEAD,
@@ -72,6 +73,7 @@ __all__ = [
     "individual_state",
     "inject",
     "is_part",
+    "keeps_rows_apart",
     "kind_of",
     "load_adapter_state",
     "load_base",
@@ -81,6 +83,7 @@ __all__ = [
     "mark_chunkable",
     "mixed_layers",
     "output_head",
+    "own_adapters",
     "part_of",
     "renamed",
     "select",

@@ -64,7 +64,7 @@ def train_client(
         count: the terms that ``loss`` is the mean of, by which parts of a batch are weighted.
         optimizer: the moments of an earlier ``TrainResult``, or an empty mapping to begin with;
             None where nobody keeps them.
-        privacy: where it is on, steps are those of ``PrivateSteps``, a record at a time.
+        privacy: where it is on, steps are those of ``PrivateSteps``.
         on_step: called after every step, for progress.
 
     Raises:
@@ -88,7 +88,8 @@ def train_client(
 
     private = None
     if privacy is not None and privacy.on:
-        private = PrivateSteps(examples, config.batch_size, privacy, offloaded)
+        at_once = 1 if config.packing else config.micro_batch or config.batch_size
+        private = PrivateSteps(examples, config.batch_size, privacy, offloaded, count, at_once)
     model.train()
     try:
         with (

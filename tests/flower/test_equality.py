@@ -1,5 +1,6 @@
 """Sites with a folder each end with the bits and the scores of one process."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from fedalt.flower.site import Site
 from fedalt.model import states
 from fedalt.report.events import read_events
 from fedalt.serving import evaluate_run
+from fedalt.store.checkpoint import StoredState
 from tests.conftest import write_client
 from tests.flower.loopback import (
     alike,
+    events,
     federation,
     last_states,
     own_settings,
@@ -24,6 +27,9 @@ from tests.flower.loopback import (
 
 CLIENTS = ("ann", "bob", "cyd")
 FOUR = (*CLIENTS, "dan")
+BITSANDBYTES = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 
 
 def one_process(config, clients=CLIENTS):
@@ -111,14 +117,54 @@ def test_eight_sites_too(tiny_config, tmp_path):
     assert alike(last_states(tmp_path / "sites", clients), expected)
 
 
-def test_a_base_in_bfloat16_and_one_in_fp8(tiny_config, tmp_path):
-    for name, changes in (("a", {"dtype": "bfloat16"}), ("b", {"quantization": "fp8"})):
-        root = tmp_path / name
-        config = small(tiny_config, rounds=1, out=str(root / "run"))
-        config = replace(config, model=replace(config.model, **changes))
-        expected = one_process(config)
-        serve(federation(config, root / "sites"), config, root)
-        assert alike(last_states(root / "sites"), expected)
+QUANTIZED = [
+    "fp8",
+    pytest.param("int8", marks=BITSANDBYTES),
+    pytest.param("nf4", marks=BITSANDBYTES),
+]
+
+
+def on_base(config, **changes):
+    return replace(config, model=replace(config.model, **changes))
+
+
+def test_a_base_in_bfloat16(tiny_config, tmp_path):
+    config = on_base(small(tiny_config, rounds=1), dtype="bfloat16")
+    expected = one_process(config)
+    serve(federation(config, tmp_path / "sites"), config, tmp_path)
+    assert alike(last_states(tmp_path / "sites"), expected)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_base_on_all_sites(tiny_config, tmp_path, kind):
+    config = on_base(small(tiny_config, rounds=2), quantization=kind)
+    expected = one_process(config)
+    serve(federation(config, tmp_path / "sites"), config, tmp_path)
+    assert alike(last_states(tmp_path / "sites"), expected)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_site_that_alone_is_quantized_takes_part(tiny_config, tmp_path, kind):
+    """It hands in what it would in a run whose base is stored so, the others what they would."""
+    config = small(tiny_config, rounds=1)
+    link = federation(config, tmp_path / "sites")
+    own = own_settings(config, "bob", tmp_path / "sites") | {"model.quantization": kind}
+    link.sites[2] = Site(own)
+    serve(link, config, tmp_path)
+    assert not events(tmp_path, "refuse")
+    handed = {client: handed_in(tmp_path, client) for client in CLIENTS}
+    for name, stored in (("plain", "none"), ("stored", kind)):
+        run = on_base(replace(config, out=str(tmp_path / name)), quantization=stored)
+        trained = one_process(run)
+        whose = ("bob",) if stored == kind else ("ann", "cyd")
+        for client in whose:
+            mine = {tensor: trained[client][tensor] for tensor in handed[client]}
+            assert alike({client: mine}, {client: handed[client]})
+    assert {e["client"] for e in events(tmp_path, "train")} == set(CLIENTS)
+
+
+def handed_in(root, client):
+    return StoredState(root / "sites" / client / "handed" / "round-0001.safetensors").read()
 
 
 def test_digits_whose_labels_meet_first(tmp_path):

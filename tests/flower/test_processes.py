@@ -6,7 +6,6 @@ Slow: Flower starts a process for every message. ``make test-flower`` runs them.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,9 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedalt
 from fedalt.config.schema import Config
+from tests.conftest import write_client
 from tests.flower.loopback import alike, last_states, small, states_of_run
 
 pytest.importorskip("flwr", reason="Flower is not installed: make test-flower has it")
@@ -28,7 +30,7 @@ from fedalt.report.events import read_events
 from fedalt.store.checkpoint import list_checkpoints
 
 CLIENTS = ("ann", "bob", "cyd")
-LONG_S = 240.0
+LONG_S = 600.0
 
 
 @pytest.fixture
@@ -122,23 +124,49 @@ def certificates(folder: Path) -> None:
     signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "30")
     which = ("-in", "server.csr", "-extfile", "san", "-out", "server.crt")
     made(folder, "openssl", "x509", "-req", *which, *signed)
-    for client in (*CLIENTS, "eve"):
+    for client in (*CLIENTS, "dan", "fay", "eve"):
         made(folder, "ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", client)
 
 
-def test_over_tls_a_registered_key_takes_part_and_another_is_turned_away(config, tmp_path):
-    config = replace(config, rounds=1)
+def broken_base(good: str, folder: Path, weight: str, value: float) -> dict[str, object]:
+    """A site's setting for a copy of a base in which a weight is one number throughout."""
+    model = AutoModelForCausalLM.from_pretrained(good)
+    model.get_parameter(weight).data.fill_(value)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(good).save_pretrained(folder)
+    return {"path": str(folder)}
+
+
+def add_site(sites: dict[str, Path], client: str, data: Path, model: dict[str, object]) -> None:
+    """One more beside those that a run's data has, with a base of its own."""
+    write_client(data / client, client[0], 4)
+    settings = yaml.safe_load(sites["ann"].read_text())
+    settings["out"] = str(Path(settings["out"]).with_name(client))
+    settings["data"] |= {"path": str(data), "clients": [client]}
+    settings["model"] |= model
+    sites[client] = sites["ann"].with_name(f"{client}.yaml")
+    sites[client].write_text(yaml.safe_dump(settings))
+
+
+def test_over_tls_keys_bases_and_updates_that_do_not_fit_are_turned_away(config, tmp_path):
+    """Three sites end with the bits of one process, whatever the others are: eve's key is not
+    registered, dan is on another base, and fay's has weights so large that all else is NaN."""
+    config = replace(config, rounds=1, method="fedit")
     fedalt.Federation(config).run()
-    root, keys = tmp_path / "up", tmp_path / "keys"
+    root, keys, good = tmp_path / "up", tmp_path / "keys", config.model.path
     certificates(keys)
     sites = write_sites(config, root)
+    other = broken_base(good, tmp_path / "other", "model.norm.weight", 7.0)
+    add_site(sites, "dan", tmp_path / "theirs", other)
+    huge = broken_base(good, tmp_path / "huge", "model.layers.0.self_attn.v_proj.weight", 3e38)
+    add_site(sites, "fay", tmp_path / "theirs", huge | {"quantization": "fp8"})
     init_app(root / "app")
     files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
     tls = [w for name, file in files.items() for w in (f"--ssl-{name}", str(keys / file))]
     with Loopback(root) as loopback:
         loopback.connect(f'root-certificates = "{keys / "ca.crt"}"')
         loopback.superlink(*tls, "--enable-supernode-auth")
-        for client in CLIENTS:
+        for client in sites:
             added = loopback.start(
                 f"register-{client}",
                 *("flwr", "supernode", "register", str(keys / f"{client}.pub"), "loopback"),
@@ -154,12 +182,17 @@ def test_over_tls_a_registered_key_takes_part_and_another_is_turned_away(config,
             )
 
         eve = node("eve", "ann")
-        for client in CLIENTS:
+        for client in sites:
             node(client, client)
-        log = finish(loopback.run(root / "app", settings_for(root, 3, registered=True)))
+        run = loopback.run(root / "app", settings_for(root, 5, registered=True))
+        log = finish(run)
         assert eve.popen.wait(timeout=60) != 0
     assert alike(last_states(root / "sites"), states_of_run(Path(config.out), 1)), log
-    assert not re.search(r"turned away", log)
+    events = read_events(root / "server" / "metrics.jsonl")
+    refused = [e["reason"] for e in events if e["event"] == "refuse"]
+    assert len(refused) == 2, refused
+    assert "client 'dan' is on another base than 'ann'" in refused[0]
+    assert "holds NaN" in refused[1]
 
 
 def test_the_one_command_runs_secure_sums_too(config, tmp_path):

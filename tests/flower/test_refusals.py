@@ -18,6 +18,16 @@ def config(tiny_config):
     return small(tiny_config, rounds=2, evaluate=evaluate)
 
 
+def change(base, other, module):
+    """A copy of a base with other weights in one of its modules."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.get_submodule(module).weight.data += 1
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -32,12 +42,7 @@ def test_a_site_that_does_not_fit_is_turned_away_in_one_line(
 ):
     other = tmp_path / "other"
     if settings.get("model.path"):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(tiny_base)
-        model.model.embed_tokens.weight.data += 1
-        model.save_pretrained(other)
-        AutoTokenizer.from_pretrained(tiny_base).save_pretrained(other)
+        change(tiny_base, other, "model.embed_tokens")
     names = {"OTHER": str(other), "DATA": config.data.path}
     settings = {key: names.get(value, value) for key, value in settings.items()}
     link = federation(config, tmp_path / "sites")
@@ -48,6 +53,28 @@ def test_a_site_that_does_not_fit_is_turned_away_in_one_line(
     assert reason in turned["reason"]
     assert "\n" not in turned["reason"]
     assert {e["client"] for e in events(tmp_path, "train")} == {"ann", "cyd"}
+
+
+@pytest.mark.parametrize(
+    ("module", "others", "told"),
+    [
+        ("model.layers.0.self_attn.v_proj", "fp8", True),  # stored alike, the bits must be the same
+        ("model.layers.0.self_attn.v_proj", "none", False),  # nobody can tell a rounded weight's
+        ("model.norm", "none", True),  # what is stored alike whatever the linear layers are
+    ],
+)
+def test_a_quantized_site_on_another_base_is_turned_away_where_it_can_be_known(
+    config, tmp_path, module, others, told, tiny_base
+):
+    change(tiny_base, tmp_path / "other", module)
+    link = federation(config, tmp_path / "sites", **{"model.quantization": others})
+    own = own_settings(config, "bob", tmp_path / "sites")
+    stored = {"model.path": str(tmp_path / "other"), "model.quantization": "fp8"}
+    link.sites[2] = Site(own | stored)
+    serve(link, config, tmp_path, wait=0.5)
+    reasons = [e["reason"] for e in events(tmp_path, "refuse")]
+    assert bool(reasons) == told
+    assert all("client 'bob' is on another base than 'ann'" in reason for reason in reasons)
 
 
 def test_another_version_is_turned_away(config, tmp_path, monkeypatch):

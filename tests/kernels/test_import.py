@@ -40,6 +40,7 @@ def test_public_names() -> None:
         "QuantizedWeight",
         "Segments",
         "__version__",
+        "apply_stacked",
         "mixed_lora_linear",
         "mixed_lora_linear_grouped",
         "unused_layers",

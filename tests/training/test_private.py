@@ -89,7 +89,7 @@ def test_a_large_gradient_is_scaled_down_to_the_clip_and_a_small_one_stays(stage
 def test_no_record_moves_the_sum_by_more_than_the_clip():
     for size in (1e-3, 1.0, 1e6, 1e30):
         sums = {"a": torch.zeros(5, dtype=torch.float64), "b": torch.zeros(3, dtype=torch.float64)}
-        record = {"a": torch.full((5,), size), "b": torch.full((3,), -size)}
+        record = {"a": torch.full((1, 5), size), "b": torch.full((1, 3), -size)}
         add_clipped(sums, record, 0.5)
         norm = math.sqrt(sum(float(t.square().sum()) for t in sums.values()))
         assert norm <= 0.5 * (1 + 1e-6)
@@ -98,8 +98,10 @@ def test_no_record_moves_the_sum_by_more_than_the_clip():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_record_whose_gradient_is_not_finite_is_left_out(value):
     sums = {"a": torch.ones(4, dtype=torch.float64), "b": torch.ones(4, dtype=torch.float64)}
-    add_clipped(sums, {"a": torch.full((4,), value), "b": torch.ones(4)}, 1.0)
-    assert all(t.tolist() == [1.0] * 4 for t in sums.values())
+    spoilt = torch.full((4,), value)
+    records = {"a": torch.stack([spoilt, torch.ones(4)]), "b": torch.ones(2, 4)}
+    add_clipped(sums, records, math.sqrt(2))
+    assert all(t.tolist() == [1.5] * 4 for t in sums.values())
 
 
 class Bowl(nn.Module):
@@ -173,6 +175,13 @@ def test_epsilon_of_the_plain_gaussian_is_within_its_closed_bound():
     assert 0.5 * bound < got <= bound * 1.001
     assert epsilon_after(0, 1.0, noise, delta) == 0.0
     assert epsilon_after(40, 1.0, noise, delta) > got
+
+
+@ACCOUNTANT
+def test_orders_that_the_package_gives_up_are_not_told(capfd, caplog):
+    assert 10 < epsilon_after(80, 0.2, 1.0, 1e-3) < 11
+    assert not capfd.readouterr().err
+    assert not caplog.records
 
 
 def test_the_rate_is_that_of_the_records():
