@@ -14,7 +14,7 @@ from fedalt.data import Client, load_clients
 from fedalt.errors import InputError
 from fedalt.model import load_adapter_state, set_trainable
 from fedalt.report import digits_of, number, table
-from fedalt.run import Stage, joined_clients, score
+from fedalt.run import Stage, joined_clients, score_clients, scoring_groups
 from fedalt.store import Checkpoint, StoredState, load_run
 
 
@@ -88,9 +88,12 @@ def evaluate_run(run_dir: str | Path, client_id: str = "", data: str = "") -> st
     stage = Stage(whole, clients, saved.record["classes"])
     stage.go_on_from(saved)
     scored: dict[str, dict[str, float]] = {}
-    for member in stage.known:
-        load_adapter_state(stage.model, client_state(Path(run_dir), saved, member.id))
-        scored[member.id] = score(stage, member)
+    for members in scoring_groups(stage):
+        states = [client_state(Path(run_dir), saved, member.id) for member in members]
+        for member, found in zip(members, score_clients(stage, members, states), strict=True):
+            if isinstance(found, Exception):
+                raise found
+            scored[member.id] = found.scores
     stage.cuts.tell()
     names = list(dict.fromkeys(name for scores in scored.values() for name in scores))
     rows = [
