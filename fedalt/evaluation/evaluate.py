@@ -79,9 +79,10 @@ def evaluate_texts(
     owners = [number for number, client in enumerate(clients) for _ in client.examples]
     answers = [""] * len(examples)
     nats = torch.zeros(len(examples), dtype=sum_dtype(device), device=device)
-    longest_first = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
+    # A client's lie side by side, so that layers need not sort rows, and its longest first.
+    order = sorted(range(len(examples)), key=lambda i: (owners[i], -len(examples[i].prompt)))
     for start in range(0, len(examples), config.batch_size):
-        places = longest_first[start : start + config.batch_size]
+        places = order[start : start + config.batch_size]
         chunk = [examples[i] for i in places]
         with whose(rows, [owners[i] for i in places]):
             with meter or nullcontext():
