@@ -72,7 +72,7 @@ def evaluate_clients(
         found = score_clients(stage, members, states, parts, shown)
         seconds = (time.perf_counter() - started) / len(members)
         for member, scored in zip(members, found, strict=True):
-            if isinstance(scored, BaseException):
+            if isinstance(scored, Exception):
                 size = stage.config.evaluate.batch_size
                 if number == 0:
                     raise RunFailed(
@@ -90,6 +90,7 @@ def evaluate_clients(
                 journal.write("part", number, member.id, part=part, **own)
             journal.time(number, "evaluate", member.id, seconds)
             progress.evaluated(member.id, scored.scores)
+        del found, scored  # an error's frames hold tensors, which the next clients may need
 
 
 def record_of(

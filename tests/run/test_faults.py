@@ -217,11 +217,11 @@ def test_a_client_that_cannot_be_scored_is_told_and_the_rest_goes_on(config, mon
     """bob needs too much memory in round 2, after the others have trained beside him."""
     evaluate, seen = TextTask.evaluate, []
 
-    def failing(self, model, examples, records, meter=None, kept=None):
+    def failing(self, model, clients, meter=None, rows=None):
         seen.append(1)
         if len(seen) == len(NAMES) + 3 + 1:  # round 0, then all three scores of ann's
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return evaluate(self, model, examples, records, meter, kept)
+        return evaluate(self, model, clients, meter, rows)
 
     monkeypatch.setattr(TextTask, "evaluate", failing)
     results = fedalt.Federation(config).run().results
@@ -231,7 +231,7 @@ def test_a_client_that_cannot_be_scored_is_told_and_the_rest_goes_on(config, mon
 
 
 def test_where_the_first_scores_need_too_much_memory_the_cure_is_named(config, monkeypatch, capsys):
-    def failing(self, model, examples, records, meter=None, kept=None):
+    def failing(self, model, clients, meter=None, rows=None):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(TextTask, "evaluate", failing)
